@@ -1,0 +1,83 @@
+"""What dispatch and combine hand back.
+
+Sizes used in the docstrings:
+    R  ranks of the group               E  experts in total       L  experts on this rank
+    T  tokens on this rank, before      K  choices per token      H  hidden, elements per token
+    N  rows on this rank, after dispatch                          S  scales per token (fp8 rows)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from ep_kernels.event import Event
+
+
+class DispatchHandle:
+    """The routing of one dispatch; opaque. combine() needs it, and dispatch() may reuse it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchLayout:
+    """Who gets how much of this rank's tokens; computed without communication.
+
+    Attributes:
+        num_tokens_per_rank: [R] int32, tokens with at least one choice on each rank.
+        num_tokens_per_expert: [E] int32, tokens that chose each expert.
+        is_token_in_rank: [T, R] bool, whether the token has a choice on the rank.
+    """
+
+    num_tokens_per_rank: torch.Tensor
+    num_tokens_per_expert: torch.Tensor
+    is_token_in_rank: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchResult:
+    """Rows that this rank received.
+
+    Attributes:
+        recv_x: [N, H], dtype of the rows sent.
+        recv_scales: [N, S] scales of fp8 rows; None for other dtypes.
+        recv_topk_idx: RANK_MAJOR: [N, K] int64, the choices as local expert ids, -1 where the choice
+            is none or lives elsewhere. EXPERT_MAJOR, or routing from a cached handle: None.
+        recv_topk_weights: RANK_MAJOR: [N, K], 0 where the choice is not on this rank.
+            EXPERT_MAJOR: [N], 0 in padding rows. None when no weights were sent.
+        num_recv_tokens_per_expert: [L] int64 on the CPU, rows per local expert without padding;
+            the counts before `capacity` cuts anything off.
+        expert_offsets: EXPERT_MAJOR: [L + 1] int64 on the CPU, first row of each local expert's
+            group, then N. RANK_MAJOR: None.
+        num_overflow: [1] int64, rows dropped here because of `capacity`.
+        handle: pass to combine(), or to dispatch() to send other rows the same way.
+        event: completes when the tensors above hold their contents.
+    """
+
+    recv_x: torch.Tensor
+    recv_scales: torch.Tensor | None
+    recv_topk_idx: torch.Tensor | None
+    recv_topk_weights: torch.Tensor | None
+    num_recv_tokens_per_expert: torch.Tensor
+    expert_offsets: torch.Tensor | None
+    num_overflow: torch.Tensor
+    handle: DispatchHandle | Any
+    event: Event | Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombineResult:
+    """Rows back on the rank of their tokens.
+
+    Attributes:
+        x: [T, H], for each token the sum of its rows, plus the bias.
+        topk_weights: [T, K], for each choice the entry of the row that served it, 0 where the
+            choice is none or its row was dropped; None when no weights were given.
+        event: completes when the tensors above hold their contents.
+    """
+
+    x: torch.Tensor
+    topk_weights: torch.Tensor | None
+    event: Event | Any
