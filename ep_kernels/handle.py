@@ -43,8 +43,8 @@ class DispatchResult:
     Attributes:
         recv_x: [N, H], dtype of the rows sent.
         recv_scales: [N, S] scales of fp8 rows; None for other dtypes.
-        recv_topk_idx: RANK_MAJOR: [N, K] int64, the choices as local expert ids, -1 where the choice
-            is none or lives elsewhere. EXPERT_MAJOR, or routing from a cached handle: None.
+        recv_topk_idx: RANK_MAJOR: [N, K] int64, the choices as local expert ids, -1 where the
+            choice is none or lives elsewhere. EXPERT_MAJOR, or routing from a cached handle: None.
         recv_topk_weights: RANK_MAJOR: [N, K], 0 where the choice is not on this rank.
             EXPERT_MAJOR: [N], 0 in padding rows. None when no weights were sent.
         num_recv_tokens_per_expert: [L] int64 on the CPU, rows per local expert without padding;
