@@ -1,0 +1,294 @@
+"""Builds the compiled core as plain shared libraries with ninja. Standard library only.
+
+    python build_native.py            # into ep_kernels/lib/ of this checkout; setup.py does the same
+    python build_native.py --list     # only say what would be built
+
+Neither library links Python or torch, so one build serves every version of both:
+
+    libep_cpu.so     csrc/{core,runtime,cpu} and the C interface: always
+    libep_cuda.so    csrc/{core,runtime,cuda} and its C interface: when nvcc and sources exist
+
+Environment:
+    CXX, CXXFLAGS, LDFLAGS   host compiler (g++) and flags appended to ours
+    NVCC, CUDA_HOME          the CUDA compiler; otherwise nvcc is looked for on PATH
+    EP_KERNELS_CUDA          0: no CUDA library; 1: fail when it cannot be built; default: if possible
+    EP_KERNELS_CUDA_ARCHS    such as "80;90a;100" (default "80;90;100", less what nvcc does not know)
+    EP_KERNELS_WERROR        1: warnings are errors
+    MAX_JOBS                 compile jobs at once (default: one per core)
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "ep_kernels" / "csrc"
+LIB_DIR = ROOT / "ep_kernels" / "lib"
+BUILD_DIR = ROOT / "build" / "native"
+LIBRARY_NAMES = ("libep_cpu.so", "libep_cuda.so")
+
+CXX_FLAGS = [
+    *("-std=c++17", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", "-pthread"),
+    # NOTE: without this g++ fuses a * b + c where the CPU can, and results differ between SIMD paths.
+    "-ffp-contract=off",
+    *("-Wall", "-Wextra"),
+]
+LINK_FLAGS = ["-shared", "-pthread", "-Wl,--no-undefined", "-Wl,--as-needed"]
+SIMD_FLAGS = {
+    "_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mf16c"],
+}
+NVCC_FLAGS = [
+    *("-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-cudart", "static"),
+    *("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-pthread"),
+]
+DEFAULT_CUDA_ARCHS = "80;90;100"
+
+
+class BuildError(Exception):
+    """The build cannot go on; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One build step: `rule` turns `inputs` into `output`."""
+
+    output: str
+    rule: str
+    inputs: list[str]
+    flags: str = ""
+
+
+@dataclass(frozen=True)
+class Library:
+    """A shared library, linked by `linker` from the objects of `sources`."""
+
+    name: str
+    linker: str
+    sources: list[Path]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--list", action="store_true", help="print what would be built, and stop")
+    parser.add_argument("--verbose", action="store_true", help="print the commands")
+    options = parser.parse_args(argv)
+    try:
+        if options.list:
+            for library in plan_libraries():
+                _say(library.name, *(f"  {_relative(source)}" for source in library.sources))
+            return 0
+        build(LIB_DIR, verbose=options.verbose)
+    except BuildError as error:
+        print(f"build_native: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def build(lib_dir: Path, *, verbose: bool = False) -> list[Path]:
+    """Brings the libraries up to date and puts them into `lib_dir`.
+
+    Returns:
+        The paths of the libraries there. Libraries that are no longer built are removed.
+
+    Raises:
+        BuildError: a tool is missing or a step failed.
+    """
+    libraries = plan_libraries()
+    BUILD_DIR.mkdir(parents=True, exist_ok=True)
+    _write_if_changed(BUILD_DIR / "build.ninja", "".join(_ninja_lines(libraries)))
+    command = [*_find_ninja(), "-C", str(BUILD_DIR)]
+    command += ["-v"] if verbose else []
+    command += ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    if subprocess.run(command, check=False).returncode != 0:
+        raise BuildError("compilation failed, see above")
+    return _install(libraries, lib_dir)
+
+
+def plan_libraries() -> list[Library]:
+    """The libraries that this checkout and machine can build, from the sources that exist."""
+    shared = [*_sources("core"), *_sources("runtime")]
+    bindings = _sources("bindings")
+    cuda_bindings = [path for path in bindings if "cuda" in path.name]
+    cpu_bindings = [path for path in bindings if path not in cuda_bindings]
+    libraries = []
+    if shared or cpu_bindings:
+        cpu_sources = [*shared, *_sources("cpu"), *cpu_bindings]
+        libraries.append(Library("libep_cpu.so", "link", cpu_sources))
+    cuda_sources = _sources("cuda", (".cu", ".cpp"))
+    if _want_cuda(has_sources=bool(cuda_sources)):
+        sources = [*shared, *cuda_sources, *cuda_bindings]
+        libraries.append(Library("libep_cuda.so", "link_cuda", sources))
+    return libraries
+
+
+def find_nvcc() -> str | None:
+    """Path of the CUDA compiler, or None."""
+    candidates = [os.environ.get("NVCC")]
+    candidates += [
+        str(Path(home) / "bin" / "nvcc")
+        for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))
+        if home
+    ]
+    candidates += ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((found for name in candidates if name and (found := shutil.which(name))), None)
+
+
+def _want_cuda(*, has_sources: bool) -> bool:
+    choice = os.environ.get("EP_KERNELS_CUDA", "auto").lower()
+    if choice not in {"0", "1", "auto"}:
+        raise BuildError(f"EP_KERNELS_CUDA={choice!r} is not one of 0, 1, auto")
+    if choice == "1" and not has_sources:
+        raise BuildError("EP_KERNELS_CUDA=1, but ep_kernels/csrc/cuda holds no sources")
+    if choice == "1" and find_nvcc() is None:
+        raise BuildError("EP_KERNELS_CUDA=1, but nvcc was not found: set NVCC or CUDA_HOME")
+    return choice != "0" and has_sources and find_nvcc() is not None
+
+
+def _sources(folder: str, suffixes: tuple[str, ...] = (".cpp",)) -> list[Path]:
+    paths = sorted(path for path in (CSRC / folder).rglob("*") if path.suffix in suffixes)
+    if platform.machine() not in {"x86_64", "AMD64"}:
+        paths = [path for path in paths if not path.name.endswith(tuple(SIMD_FLAGS))]
+    return paths
+
+
+# ---- build.ninja ---------------------------------------------------------------------------------
+
+
+def _ninja_lines(libraries: list[Library]) -> Iterator[str]:
+    """The text of build.ninja; ninja itself notices changed commands, headers and sources."""
+    yield "ninja_required_version = 1.8\n"
+    for rule, command in _rules(any(library.linker == "link_cuda" for library in libraries)):
+        yield f"\nrule {rule}\n  command = {command}\n  description = {rule} $out\n"
+        if not rule.startswith("link"):
+            yield "  depfile = $out.d\n  deps = gcc\n"
+    yield "\n"
+    for edge in _edges(libraries):
+        inputs = " ".join(_escape(path) for path in edge.inputs)
+        yield f"build {_escape(edge.output)}: {edge.rule} {inputs}\n"
+        if edge.flags:
+            yield f"  flags = {edge.flags}\n"
+    if libraries:
+        yield f"\ndefault {' '.join(library.name for library in libraries)}\n"
+
+
+def _rules(with_cuda: bool) -> Iterator[tuple[str, str]]:
+    """Pairs of rule name and command."""
+    cxx = os.environ.get("CXX", "g++")
+    werror = os.environ.get("EP_KERNELS_WERROR", "0") not in {"", "0"}
+    flags = _join([*CXX_FLAGS, *(["-Werror"] if werror else []), f"-I{CSRC}"])
+    cxx_flags = f"{flags} {_ninja_text(os.environ.get('CXXFLAGS', ''))}"
+    ld_flags = f"{_join(LINK_FLAGS)} {_ninja_text(os.environ.get('LDFLAGS', ''))}"
+    yield "cxx", f"{cxx} {cxx_flags} $flags -MMD -MF $out.d -c $in -o $out"
+    yield "link", f"{cxx} $in {ld_flags} -lrt -ldl -o $out"
+    if with_cuda:
+        nvcc = find_nvcc()
+        gencode = _gencode(str(nvcc), os.environ.get("EP_KERNELS_CUDA_ARCHS", ""))
+        werror_flags = ["-Werror", "all-warnings"] if werror else []
+        nvcc_flags = _join([*NVCC_FLAGS, *werror_flags, *gencode, f"-I{CSRC}"])
+        yield "nvcc", f"{nvcc} -ccbin {cxx} {nvcc_flags} -MMD -MF $out.d -c $in -o $out"
+        linker_flags = "-Xlinker --no-undefined -lrt -ldl -lpthread"
+        yield "link_cuda", f"{nvcc} -ccbin {cxx} -shared -cudart static $in {linker_flags} -o $out"
+
+
+def _edges(libraries: list[Library]) -> Iterator[Edge]:
+    """Compile steps, each source once even when two libraries hold it, then the link steps."""
+    objects: dict[Path, str] = {}
+    for library in libraries:
+        for source in library.sources:
+            if source in objects:
+                continue
+            objects[source] = f"obj/{source.relative_to(CSRC)}.o"
+            is_cuda = source.suffix == ".cu" or "cuda" in source.relative_to(CSRC).as_posix()
+            flags = next((f for end, f in SIMD_FLAGS.items() if source.name.endswith(end)), [])
+            yield Edge(objects[source], "nvcc" if is_cuda else "cxx", [str(source)], _join(flags))
+        yield Edge(library.name, library.linker, [objects[source] for source in library.sources])
+
+
+def _gencode(nvcc: str, archs: str) -> list[str]:
+    """-gencode flags for `archs` such as "80;90a"; the default keeps what this nvcc supports."""
+    wanted = [arch for arch in re.split(r"[;, ]+", archs or DEFAULT_CUDA_ARCHS) if arch]
+    if not archs:
+        listing = subprocess.run(
+            [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False
+        ).stdout
+        known = set(re.findall(r"sm_(\w+)", listing))
+        wanted = [arch for arch in wanted if not known or arch in known]
+    if not wanted:
+        raise BuildError(f"{nvcc} supports none of the architectures {DEFAULT_CUDA_ARCHS!r}")
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in wanted]
+    # PTX of the newest one, for GPUs that come later; an "a" architecture has no such successors.
+    newest = wanted[-1]
+    if newest.isdigit():
+        flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    return flags
+
+
+def _find_ninja() -> list[str]:
+    if found := shutil.which("ninja") or shutil.which("ninja-build"):
+        return [found]
+    if importlib.util.find_spec("ninja") is not None:
+        return [sys.executable, "-m", "ninja"]
+    raise BuildError("ninja was not found: pip install ninja, or install it from your system")
+
+
+# ---- helpers -------------------------------------------------------------------------------------
+
+
+def _install(libraries: list[Library], lib_dir: Path) -> list[Path]:
+    """Copies what changed by rename, so that processes which run the old file keep it intact."""
+    lib_dir.mkdir(parents=True, exist_ok=True)
+    built = {library.name for library in libraries}
+    for name in set(LIBRARY_NAMES) - built:
+        (lib_dir / name).unlink(missing_ok=True)
+    for name in built:
+        source, target = BUILD_DIR / name, lib_dir / name
+        if target.exists() and filecmp.cmp(source, target, shallow=False):
+            continue
+        partial = target.with_suffix(f".{os.getpid()}.tmp")
+        shutil.copy2(source, partial)
+        partial.replace(target)
+    return [lib_dir / name for name in LIBRARY_NAMES if name in built]
+
+
+def _write_if_changed(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def _join(arguments: Iterable[str]) -> str:
+    return _ninja_text(shlex.join(arguments))
+
+
+def _ninja_text(text: str) -> str:
+    return text.replace("$", "$$")
+
+
+def _escape(path: str) -> str:
+    return re.sub(r"([$: ])", r"$\1", path)
+
+
+def _relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def _say(*lines: str) -> None:
+    print(*lines, sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
