@@ -1,6 +1,6 @@
 """Builds the compiled core as plain shared libraries with ninja. Standard library only.
 
-    python build_native.py            # into ep_kernels/lib/ of this checkout; setup.py does the same
+    python build_native.py            # into ep_kernels/lib/ of this checkout, as setup.py does
     python build_native.py --list     # only say what would be built
 
 Neither library links Python or torch, so one build serves every version of both:
@@ -11,8 +11,8 @@ Neither library links Python or torch, so one build serves every version of both
 Environment:
     CXX, CXXFLAGS, LDFLAGS   host compiler (g++) and flags appended to ours
     NVCC, CUDA_HOME          the CUDA compiler; otherwise nvcc is looked for on PATH
-    EP_KERNELS_CUDA          0: no CUDA library; 1: fail when it cannot be built; default: if possible
-    EP_KERNELS_CUDA_ARCHS    such as "80;90a;100" (default "80;90;100", less what nvcc does not know)
+    EP_KERNELS_CUDA          0: no CUDA library; 1: fail without it; default: if possible
+    EP_KERNELS_CUDA_ARCHS    such as "80;90a;100"; default: those of 80, 90, 100 that nvcc knows
     EP_KERNELS_WERROR        1: warnings are errors
     MAX_JOBS                 compile jobs at once (default: one per core)
 """
@@ -41,7 +41,7 @@ LIBRARY_NAMES = ("libep_cpu.so", "libep_cuda.so")
 
 CXX_FLAGS = [
     *("-std=c++17", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", "-pthread"),
-    # NOTE: without this g++ fuses a * b + c where the CPU can, and results differ between SIMD paths.
+    # NOTE: without this g++ fuses a * b + c where the CPU can, and SIMD paths differ in their bits.
     "-ffp-contract=off",
     *("-Wall", "-Wextra"),
 ]
