@@ -95,7 +95,8 @@ class RankServer:
     def poll(self, pid: int) -> int | None:
         """Exit code of a rank (negative: the signal that ended it), None while it runs."""
         self._requests.send(("poll", pid))
-        return self._requests.recv()
+        exit_code: int | None = self._requests.recv()
+        return exit_code
 
     def close(self) -> None:
         self._requests.close()
@@ -201,7 +202,8 @@ class Ranks:
     def _receive(self, rank: int) -> tuple[Any, str | None]:
         """A rank's answer: (value, None), or (exception, text)."""
         try:
-            return pickle.loads(self._jobs[rank].recv_bytes())
+            answer: tuple[Any, str | None] = pickle.loads(self._jobs[rank].recv_bytes())
+            return answer
         except (EOFError, ConnectionResetError):
             exit_code = self._exit_code(rank, EXIT_S)
             return None, f"died: {_describe(exit_code)}\n{self._log_tail(rank)}"
