@@ -1,0 +1,98 @@
+"""Fixtures that all tests share: ranks, backends, options, and the check for leftovers.
+
+ranks      R ranks kept for the whole session; `ranks.run(function, ...)`. R is the test's
+           parameter `num_ranks`, 2 if it has none
+launch     fresh ranks for tests that kill or stop some of them
+backend    the name of a Buffer implementation, see `cases.make_buffer`
+"""
+
+import functools
+import os
+
+import pytest
+import torch
+
+from ep_kernels.testing import RankPool, RankServer, launch
+
+BACKENDS = ("reference", "cpu")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--run-benchmark", action="store_true", help="run tests marked benchmark, which are timed"
+    )
+    parser.addoption(
+        "--exhaustive",
+        action="store_true",
+        help="run tests marked exhaustive and multiply the random ones by 10 (half an hour)",
+    )
+    parser.addoption(
+        "--backend", choices=BACKENDS, action="append", help="only this backend; may be repeated"
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "exhaustive: slow; runs only with --exhaustive")
+    config.addinivalue_line("markers", "large: needs about 8 GiB of memory")
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config, items):
+    num_gpus = torch.cuda.device_count()
+    for item in items:
+        for name in ("benchmark", "exhaustive"):
+            option = "--run-benchmark" if name == "benchmark" else "--exhaustive"
+            if item.get_closest_marker(name) and not config.getoption(option):
+                item.add_marker(pytest.mark.skip(reason=f"{name}: needs {option}"))
+        gpu = item.get_closest_marker("gpu")
+        if gpu and gpu.args[0] > num_gpus:
+            item.add_marker(pytest.mark.skip(reason=f"needs {gpu.args[0]} GPUs, has {num_gpus}"))
+        if item.get_closest_marker("large") and _available_gib() < 10:
+            item.add_marker(pytest.mark.skip(reason="large: needs 10 GiB of free memory"))
+
+
+def pytest_generate_tests(metafunc):
+    """`backend` runs over all backends, unless the test names its own with parametrize."""
+    marks = metafunc.definition.iter_markers("parametrize")
+    if "backend" in metafunc.fixturenames and not any("backend" in mark.args[0] for mark in marks):
+        metafunc.parametrize("backend", metafunc.config.getoption("--backend") or BACKENDS)
+
+
+@pytest.fixture(scope="session")
+def rank_server():
+    with RankServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rank_pool(rank_server):
+    pool = RankPool(rank_server)
+    try:
+        yield pool
+        pool.close()
+    finally:
+        pool.kill()
+
+
+@pytest.fixture
+def num_ranks():
+    return 2
+
+
+@pytest.fixture
+def ranks(rank_pool, num_ranks):
+    return rank_pool.get(num_ranks)
+
+
+@pytest.fixture(name="launch")
+def launch_fixture(rank_server):
+    return functools.partial(launch, rank_server)
+
+
+@pytest.fixture
+def is_exhaustive(request):
+    return request.config.getoption("--exhaustive")
+
+
+def _available_gib():
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
