@@ -1,8 +1,19 @@
-"""Named choices of the public interface."""
+"""Named choices of the public interface, and the settings of a buffer."""
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from ep_kernels import env
+from ep_kernels.errors import EPConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ep_kernels.bootstrap import Bootstrap
 
 
 class Layout(enum.Enum):
@@ -14,3 +25,115 @@ class Layout(enum.Enum):
     EXPERT_MAJOR = "expert_major"
     """One row per (token, local expert): grouped by local expert, inside a group by source rank,
     then token. Group starts are multiples of `expert_alignment`."""
+
+
+def make_expert_to_rank(
+    num_experts: int, expert_to_rank: Sequence[int] | torch.Tensor | None, num_ranks: int
+) -> tuple[int, ...]:
+    """[E] rank of each expert.
+
+    Example: make_expert_to_rank(4, None, 2) == (0, 0, 1, 1).
+
+    Raises:
+        EPConfigError: E is not divisible by the ranks, or the table has a wrong length or rank.
+    """
+    if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 1:
+        raise EPConfigError(f"num_experts={num_experts!r} is not a positive int")
+    if expert_to_rank is None:
+        if num_experts % num_ranks:
+            raise EPConfigError(
+                f"num_experts={num_experts} is not divisible by num_ranks={num_ranks}; give "
+                "expert_to_rank"
+            )
+        return tuple(expert // (num_experts // num_ranks) for expert in range(num_experts))
+    try:
+        table = tuple(int(rank) for rank in expert_to_rank)
+    except (TypeError, ValueError):
+        raise EPConfigError(f"expert_to_rank={expert_to_rank!r} is not a list of ints") from None
+    if len(table) != num_experts:
+        raise EPConfigError(
+            f"expert_to_rank has {len(table)} entries, expected num_experts={num_experts}"
+        )
+    for expert, rank in enumerate(table):
+        if not 0 <= rank < num_ranks:
+            raise EPConfigError(
+                f"expert_to_rank[{expert}]={rank} is outside [0, num_ranks={num_ranks})"
+            )
+    return table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Checked arguments of a Buffer; see there."""
+
+    num_experts: int
+    expert_to_rank: tuple[int, ...]
+    device: str
+    pool_bytes: int
+    timeout_s: float
+    num_sms: int
+
+    LOCAL = ("timeout_s", "num_sms")  # may differ between ranks
+
+    @classmethod
+    def check(
+        cls,
+        *,
+        num_ranks: int,
+        num_experts: int,
+        expert_to_rank: Sequence[int] | torch.Tensor | None,
+        device: str | torch.device,
+        pool_bytes: int | None,
+        timeout_s: float | None,
+        num_sms: int | None,
+    ) -> Settings:
+        """Fills defaults in. Raises EPConfigError naming the argument and its value."""
+        if str(device) != "cpu":
+            raise EPConfigError(f"device={str(device)!r}: this build has the CPU backend only")
+        return cls(
+            num_experts=num_experts,
+            expert_to_rank=make_expert_to_rank(num_experts, expert_to_rank, num_ranks),
+            device=str(device),
+            pool_bytes=int(_positive("pool_bytes", pool_bytes, env.default_pool_bytes)),
+            timeout_s=_positive("timeout_s", timeout_s, env.default_timeout_s),
+            num_sms=int(_positive("num_sms", num_sms, lambda: env.default_num_threads(num_ranks))),
+        )
+
+
+def _positive(name: str, value: float | None, default: Callable[[], float]) -> float:
+    if value is None:
+        return default()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise EPConfigError(f"{name}={value!r} is not a positive number")
+    return value
+
+
+def agree_on_settings(bootstrap: Bootstrap, check: Callable[[], Settings]) -> Settings:
+    """Runs `check` on every rank and compares the outcomes. Collective.
+
+    Raises:
+        EPConfigError: on every rank, if `check` raised it on one (naming that rank) or ranks
+            disagree (naming the field and both values).
+    """
+    problem: EPConfigError | None = None
+    mine: dict[str, Any] = {}
+    settings: Settings | None = None
+    try:
+        settings = check()
+        mine = {f.name: getattr(settings, f.name) for f in fields(Settings)}
+    except EPConfigError as error:
+        problem = error
+    outcomes = bootstrap.all_gather((mine, str(problem or "")))
+    if problem is not None:
+        raise problem
+    assert settings is not None
+    for rank, (_, message) in enumerate(outcomes):
+        if message:
+            raise EPConfigError(f"rank {rank} refused to make this buffer: {message}")
+    for rank, (theirs, _) in enumerate(outcomes):
+        for name, value in outcomes[0][0].items():
+            if name not in Settings.LOCAL and theirs[name] != value:
+                raise EPConfigError(
+                    f"ranks disagree on {name}: rank 0 has {value}, rank {rank} has {theirs[name]}"
+                )
+    return settings

@@ -14,11 +14,44 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from ep_kernels.config import Layout
     from ep_kernels.event import Event
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class DispatchHandle:
-    """The routing of one dispatch; opaque. combine() needs it, and dispatch() may reuse it."""
+    """The routing of one dispatch; opaque. combine() needs it, and dispatch() may reuse it.
+
+    Attributes:
+        owner: the buffer's identity; a handle works only with the buffer that made it.
+        seq: number of the dispatch, the same on all ranks.
+        num_tokens: T.
+        num_rows: N, rows of the received tensors.
+        topk_idx: [T, K] int64, a copy.
+        rows: [T, K] int32, row of each choice on its rank, -1 where there is none.
+        num_recv_tokens_per_expert, expert_offsets: as in DispatchResult.
+        own_rows: [L, 2] or [1, 2] int64, ranges of received rows that this rank itself sent.
+        recv_sizes: [3] int64, rows with padding, without, and dropped for capacity.
+    """
+
+    owner: object
+    seq: int
+    layout: Layout
+    expert_alignment: int
+    capacity: int | None
+    num_tokens: int
+    num_rows: int
+    topk_idx: torch.Tensor
+    rows: torch.Tensor
+    num_recv_tokens_per_expert: torch.Tensor
+    expert_offsets: torch.Tensor
+    own_rows: torch.Tensor
+    recv_sizes: torch.Tensor
+
+    @property
+    def num_topk(self) -> int:
+        """K."""
+        return self.topk_idx.shape[1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,261 @@
+"""Dispatch and combine over one group of ranks.
+
+Symbols used in every docstring of this package:
+    R  ranks of the group               E  experts in total       L  experts on this rank
+    T  tokens on this rank, before      K  choices per token      H  hidden, elements per token
+    N  rows on this rank, after dispatch                          S  scales per token (fp8 rows)
+"""
+
+from __future__ import annotations
+
+import atexit
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ep_kernels.bootstrap import make_bootstrap
+from ep_kernels.config import Layout, Settings, agree_on_settings
+from ep_kernels.cpu_backend import CpuBackend
+from ep_kernels.errors import EPConfigError
+from ep_kernels.event import Event
+from ep_kernels.handle import CombineResult, DispatchHandle, DispatchLayout, DispatchResult
+from ep_kernels.ht import CallOptions, HighThroughput, NewRouting
+
+_open_buffers: weakref.WeakSet[Buffer] = weakref.WeakSet()
+
+
+class Buffer:
+    """Symmetric memory of one rank, and the all-to-all over it.
+
+    Calls are collective: every rank of the group makes the same calls in the same order, also when
+    a call fails. If a rank refuses its arguments, it raises EPConfigError that names the argument,
+    and the matching call of every other rank raises EPConfigError that names the rank; nothing was
+    sent and the buffer works on. After an EPTimeoutError the buffer is of no further use.
+
+    Results lie in the rank's pool and stay valid until they are garbage-collected, also after
+    destroy().
+
+    Args:
+        group: torch.distributed process group (None: the default one) or mpi4py communicator.
+            Used here, to exchange a few objects, and never again.
+        num_experts: E.
+        expert_to_rank: [E] rank of each expert; None places blocks of E / R experts in order.
+            The experts of a rank are numbered locally in ascending order.
+        device: "cpu".
+        pool_bytes: limit of the memory for results on this rank. Memory is taken when first used.
+            None: the machine's memory.
+        timeout_s: how long a rank waits for a silent peer. None: 60, or EP_KERNELS_TIMEOUT_S.
+        num_sms: worker threads of this rank's transfers. None: the machine's cores over R.
+
+    Raises:
+        EPConfigError: an argument is wrong, or ranks disagree; on all ranks.
+        EPDeviceError: no shared memory.
+
+    Example:
+        >>> with Buffer(num_experts=8) as buffer:
+        ...     result = buffer.dispatch(x, topk_idx, topk_weights, layout=Layout.EXPERT_MAJOR)
+        ...     y = experts(result.recv_x, result.expert_offsets)
+        ...     out = buffer.combine(y, result.handle).x
+    """
+
+    def __init__(
+        self,
+        group: Any = None,
+        *,
+        num_experts: int,
+        expert_to_rank: Sequence[int] | torch.Tensor | None = None,
+        device: str | torch.device = "cpu",
+        pool_bytes: int | None = None,
+        timeout_s: float | None = None,
+        num_sms: int | None = None,
+    ) -> None:
+        bootstrap = make_bootstrap(group)
+        self._backend: CpuBackend | None = None
+        self.rank, self.num_ranks = bootstrap.rank, bootstrap.num_ranks
+        settings = agree_on_settings(
+            bootstrap,
+            lambda: Settings.check(
+                num_ranks=bootstrap.num_ranks,
+                num_experts=num_experts,
+                expert_to_rank=expert_to_rank,
+                device=device,
+                pool_bytes=pool_bytes,
+                timeout_s=timeout_s,
+                num_sms=num_sms,
+            ),
+        )
+        self.num_experts, self.num_sms = settings.num_experts, settings.num_sms
+        self.timeout_s = settings.timeout_s
+        self.local_experts = [
+            expert for expert, rank in enumerate(settings.expert_to_rank) if rank == self.rank
+        ]
+        self._backend = CpuBackend(bootstrap, settings)
+        self._calls = HighThroughput(
+            self._backend,
+            num_ranks=self.num_ranks,
+            num_experts=self.num_experts,
+            num_local_experts=self.num_local_experts,
+            num_sms=self.num_sms,
+        )
+        _open_buffers.add(self)
+
+    # Properties
+
+    @property
+    def num_local_experts(self) -> int:
+        """L."""
+        return len(self.local_experts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where rows live."""
+        return self._usable_backend().device
+
+    def pool_stats(self) -> dict[str, int]:
+        """Ranges in use, bytes in use and the most bytes that were in use, of this rank's pool."""
+        return self._usable_backend().pool_stats()
+
+    # Calls
+
+    def get_dispatch_layout(self, topk_idx: torch.Tensor) -> DispatchLayout:
+        """Counts who would get how much, without communication.
+
+        Args:
+            topk_idx: [T, K] int64, global expert index; -1 chooses none.
+
+        Raises:
+            EPConfigError: shape or dtype, an expert out of range or chosen twice by a token.
+        """
+        return self._usable().get_dispatch_layout(topk_idx)
+
+    def dispatch(
+        self,
+        x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        layout: Layout = Layout.RANK_MAJOR,
+        expert_alignment: int = 1,
+        capacity: int | None = None,
+        handle: DispatchHandle | None = None,
+        async_op: bool = False,
+        previous_event: Event | None = None,
+        num_sms: int | None = None,
+    ) -> DispatchResult:
+        """Sends each token to the ranks of its experts.
+
+        Args:
+            x: [T, H] bfloat16, float16, float32 or float64, or a pair ([T, H] float8_e4m3fn,
+                [T, S] float32 or int32 scales). A row is a multiple of 16 bytes.
+            topk_idx: [T, K] int64, global expert index, each at most once per token; -1 chooses
+                none. Must be None with a handle.
+            topk_weights: [T, K] float32 or float64, travels with the rows.
+            layout: RANK_MAJOR: one row per (token, destination rank), by source rank, then token.
+                EXPERT_MAJOR: one row per (token, local expert), by expert, source rank, token.
+            expert_alignment: EXPERT_MAJOR: groups start at multiples of it; rows between are zero.
+            capacity: rows of the result. Those past it are dropped and counted in num_overflow;
+                rows of recv_x that nothing fills are unspecified. None: as many as arrive.
+            handle: of an earlier dispatch: the same routing again, with no exchange of counts.
+                layout, expert_alignment and capacity are the handle's.
+            async_op: return at once where sizes are known (with a handle or a capacity), otherwise
+                after the counts are exchanged. Arguments must not be changed, and results not
+                read, before `event`.
+            previous_event: the transfer starts after it.
+            num_sms: worker threads for this call.
+
+        Raises:
+            EPConfigError: an argument is wrong here or on a peer, or ranks disagree.
+            EPDeviceError: the pool of a rank is full; nothing was sent.
+            EPTimeoutError: a peer is dead or silent.
+
+        Example:
+            Two ranks, two experts each, RANK_MAJOR. Rank 0 has topk_idx = [[0, 3], [2, 3]], rank 1
+            has none. Rank 0 gets token 0 with recv_topk_idx [[0, -1]]; rank 1 gets tokens 0 and 1
+            of rank 0 with recv_topk_idx [[-1, 1], [0, 1]].
+        """
+        routing = handle or NewRouting(
+            topk_idx=topk_idx, layout=layout, expert_alignment=expert_alignment, capacity=capacity
+        )
+        calls = self._usable()
+        if handle is not None and topk_idx is not None:
+            calls.refuse("topk_idx is given together with handle, which has its own")
+        options = CallOptions(async_op=async_op, previous_event=previous_event, num_sms=num_sms)
+        return calls.dispatch(x, topk_weights, routing=routing, options=options)
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: DispatchHandle,
+        *,
+        topk_weights: torch.Tensor | None = None,
+        bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+        async_op: bool = False,
+        previous_event: Event | None = None,
+        num_sms: int | None = None,
+    ) -> CombineResult:
+        """Brings the rows of a dispatch back and sums them per token, unweighted.
+
+        The sum is made in fp32 (fp64 for float64), from zero, RANK_MAJOR by ascending rank,
+        EXPERT_MAJOR by ascending position in topk_idx, then the biases; it is rounded once.
+
+        Args:
+            x: [N, H] bfloat16, float16, float32 or float64: a row for each row dispatched. A
+                tensor from empty() is read where it is, any other is copied first.
+            handle: of the dispatch.
+            topk_weights: RANK_MAJOR [N, K], EXPERT_MAJOR [N], float32 or float64: also brought
+                back, to the choice that each entry served.
+            bias: [T, H] of x's dtype, or a pair of them.
+            async_op, previous_event, num_sms: as in dispatch().
+
+        Raises:
+            EPConfigError, EPDeviceError, EPTimeoutError: as in dispatch().
+        """
+        options = CallOptions(async_op=async_op, previous_event=previous_event, num_sms=num_sms)
+        return self._usable().combine(
+            x, handle, topk_weights=topk_weights, bias=bias, options=options
+        )
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor in this rank's pool; combine() reads it where it is."""
+        return self._usable_backend().allocate(shape, dtype)
+
+    def barrier(self) -> None:
+        """Returns once every rank has called it and all earlier calls have finished."""
+        self._usable_backend().barrier()
+
+    def destroy(self) -> None:
+        """Waits for calls under way and leaves the group; peers that still call get an error.
+
+        Idempotent; needs no partner on the other ranks. Results stay valid.
+        """
+        if self._backend is not None:
+            self._backend.destroy()
+        self._backend = None
+
+    def __enter__(self) -> Buffer:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.destroy()
+
+    def __del__(self) -> None:
+        if getattr(self, "_backend", None) is not None:
+            self.destroy()
+
+    def _usable(self) -> HighThroughput:
+        self._usable_backend()
+        return self._calls
+
+    def _usable_backend(self) -> CpuBackend:
+        if self._backend is None:
+            raise EPConfigError("this buffer was destroyed and cannot be used any more")
+        return self._backend
+
+
+@atexit.register
+def _destroy_open_buffers() -> None:
+    """A rank that ends in good order tells its peers so."""
+    for buffer in list(_open_buffers):
+        buffer.destroy()

@@ -1,0 +1,246 @@
+"""The CPU backend: POSIX shared memory, and the compiled core behind its C interface."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from typing import Any
+
+import torch
+
+from ep_kernels import _native
+from ep_kernels.bootstrap import Bootstrap
+from ep_kernels.config import Settings
+from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
+from ep_kernels.event import Event
+
+
+class _Block:
+    """A range of the pool; returned when the last tensor over it is gone."""
+
+    def __init__(self, library: Any, block: int) -> None:
+        self._free, self._block = library.ep_block_free, block
+
+    def __del__(self) -> None:
+        self._free(self._block)
+
+
+class _CpuOperation:
+    """A call under way, or done, on the buffer's queue."""
+
+    def __init__(self, library: Any, op: int) -> None:
+        self._library, self._op = library, op
+
+    def is_finished(self) -> bool:
+        return bool(self._library.ep_op_is_finished(self._op))
+
+    def wait(self) -> None:
+        _native.call(self._library.ep_op_wait, self._op)
+
+    make_current_stream_wait = wait
+
+    def __del__(self) -> None:
+        self._library.ep_op_release(self._op)
+
+
+def _machine() -> str:
+    """Where processes can share memory: one boot of one machine, one PID namespace."""
+    with open("/proc/sys/kernel/random/boot_id") as boot_id:
+        return f"{boot_id.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+
+
+class CpuBackend:
+    """One rank's end of the shared memory.
+
+    Raises:
+        EPConfigError: ranks run on different machines.
+        EPDeviceError: shared memory cannot be made or mapped.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, bootstrap: Bootstrap, settings: Settings) -> None:
+        self._library = _native.cpu_library()
+        self._pid = os.getpid()
+        self._pool_base = 0
+        self._pool_bytes = settings.pool_bytes
+        self._pending: list[tuple[_CpuOperation, Any]] = []
+        self._buffer: int | None = None
+        problem: EPError | None = None
+        fd = ctypes.c_int32(-1)
+        try:
+            self._create(bootstrap, settings, fd)
+        except EPError as error:
+            problem = error
+        self._attach(bootstrap, fd.value, problem)
+        _, address, offset = self._allocate(1)  # any block tells where the pool begins
+        self._pool_base = address - offset
+
+    def _create(self, bootstrap: Bootstrap, settings: Settings, fd: ctypes.c_int32) -> None:
+        experts = (ctypes.c_int32 * settings.num_experts)(*settings.expert_to_rank)
+        config = _native.Config(
+            rank=bootstrap.rank,
+            num_ranks=bootstrap.num_ranks,
+            num_experts=settings.num_experts,
+            expert_rank=ctypes.addressof(experts),
+            pool_bytes=settings.pool_bytes,
+            timeout_us=int(settings.timeout_s * 1e6),
+        )
+        out = ctypes.c_void_p()
+        _native.call(
+            self._library.ep_buffer_create,
+            ctypes.byref(config),
+            ctypes.byref(out),
+            ctypes.byref(fd),
+        )
+        self._buffer = out.value
+
+    def _attach(self, bootstrap: Bootstrap, fd: int, problem: EPError | None) -> None:
+        """Maps the peers' memory; fails on all ranks if it fails on one."""
+        peers = bootstrap.all_gather((_machine(), self._pid, fd, str(problem or "")))
+        try:
+            for rank, (machine, _, _, message) in enumerate(peers):
+                if message:
+                    raise EPDeviceError(f"rank {rank} has no shared memory: {message}")
+                if machine != peers[0][0]:
+                    raise EPConfigError(
+                        f"group: ranks 0 and {rank} are on different machines or in different PID "
+                        f"namespaces ({peers[0][0]} and {machine}); the CPU backend needs one"
+                    )
+            pids = (ctypes.c_int64 * len(peers))(*(peer[1] for peer in peers))
+            fds = (ctypes.c_int32 * len(peers))(*(peer[2] for peer in peers))
+            _native.call(self._library.ep_buffer_attach, self._buffer, pids, fds)
+        except EPError as error:
+            problem = error
+        outcomes = bootstrap.all_gather(str(problem or ""))
+        if problem is None:
+            for rank, message in enumerate(outcomes):
+                if message:
+                    problem = EPDeviceError(f"rank {rank} could not map its peers: {message}")
+                    break
+        if problem is not None:
+            self.destroy()
+            raise problem
+        self._library.ep_buffer_close_files(self._buffer)
+
+    # Memory
+
+    def _allocate(self, num_bytes: int) -> tuple[_Block, int, int]:
+        block, address, offset = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int64()
+        _native.call(
+            self._library.ep_block_allocate,
+            self._buffer,
+            num_bytes,
+            ctypes.byref(block),
+            ctypes.byref(address),
+            ctypes.byref(offset),
+        )
+        assert block.value is not None
+        return _Block(self._library, block.value), address.value or 0, offset.value
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor in this rank's pool. Raises EPDeviceError if the pool is full."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if num_bytes == 0:
+            return torch.empty(shape, dtype=dtype)
+        block, address, _ = self._allocate(num_bytes)
+        memory = (ctypes.c_uint8 * num_bytes).from_address(address)
+        memory.block = block  # type: ignore[attr-defined]  # lives as long as the tensor
+        return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
+
+    def pool_offset(self, tensor: torch.Tensor) -> int | None:
+        """Offset of a contiguous tensor in the pool, None if it lies elsewhere."""
+        offset = tensor.data_ptr() - self._pool_base
+        return offset if 0 <= offset < self._pool_bytes and tensor.numel() > 0 else None
+
+    def pool_stats(self) -> dict[str, int]:
+        stats = (ctypes.c_int64 * 3)()
+        self._library.ep_pool_stats(self._buffer, stats)
+        return {"num_live": stats[0], "used_bytes": stats[1], "peak_bytes": stats[2]}
+
+    # Calls
+
+    def count_rows(
+        self, topk_idx: torch.Tensor, counts: torch.Tensor, is_token_in_rank: torch.Tensor
+    ) -> None:
+        _native.call(
+            self._library.ep_count_rows,
+            self._buffer,
+            topk_idx.data_ptr(),
+            topk_idx.shape[0],
+            topk_idx.shape[1],
+            counts.data_ptr(),
+            is_token_in_rank.data_ptr(),
+        )
+
+    def notify(self, args: _native.DispatchArgs) -> int:
+        """Exchanges counts and fills the routing; returns the number of the call."""
+        seq = ctypes.c_uint64()
+        _native.call(self._library.ep_notify, self._buffer, ctypes.byref(args), ctypes.byref(seq))
+        return seq.value
+
+    def send(
+        self, seq: int, args: _native.DispatchArgs, *, keep: Any, error: str, async_op: bool
+    ) -> Event:
+        text = error.encode() if error else None
+        return self._start(
+            self._library.ep_send, seq, ctypes.byref(args), text, keep=keep, async_op=async_op
+        )
+
+    def dispatch(
+        self, args: _native.DispatchArgs, *, keep: Any, async_op: bool
+    ) -> tuple[int, Event]:
+        """A dispatch whose memory is known beforehand; returns its number and its event."""
+        seq = ctypes.c_uint64()
+        op = ctypes.c_void_p()
+        self._prune()
+        _native.call(
+            self._library.ep_dispatch,
+            self._buffer,
+            ctypes.byref(args),
+            async_op,
+            ctypes.byref(seq),
+            ctypes.byref(op),
+        )
+        return seq.value, self._event(op, keep, async_op)
+
+    def combine(self, args: _native.CombineArgs, *, keep: Any, async_op: bool) -> Event:
+        return self._start(
+            self._library.ep_combine, ctypes.byref(args), keep=keep, async_op=async_op
+        )
+
+    def barrier(self) -> None:
+        _native.call(self._library.ep_barrier, self._buffer)
+
+    def refuse(self, reason: str) -> None:
+        _native.call(self._library.ep_refuse, self._buffer, reason.encode())
+
+    def _start(self, function: Any, *arguments: Any, keep: Any, async_op: bool) -> Event:
+        op = ctypes.c_void_p()
+        self._prune()
+        _native.call(function, self._buffer, *arguments, async_op, ctypes.byref(op))
+        return self._event(op, keep, async_op)
+
+    def _event(self, op: ctypes.c_void_p, keep: Any, async_op: bool) -> Event:
+        assert op.value is not None
+        operation = _CpuOperation(self._library, op.value)
+        if not async_op:
+            return Event()
+        self._pending.append((operation, keep))
+        return Event(operation)
+
+    def _prune(self) -> None:
+        """Lets go of the tensors of finished calls."""
+        self._pending = [entry for entry in self._pending if not entry[0].is_finished()]
+
+    # End
+
+    def destroy(self) -> None:
+        """Leaves the group; results stay valid. Idempotent; does nothing in a forked child."""
+        if self._buffer is None or self._pid != os.getpid():
+            return
+        buffer, self._buffer = self._buffer, None
+        _native.call(self._library.ep_buffer_destroy, buffer)
+        self._library.ep_buffer_delete(buffer)
+        self._pending.clear()

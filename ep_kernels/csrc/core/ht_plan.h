@@ -1,0 +1,39 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/ht_args.h"
+#include "core/routing.h"
+#include "core/types.h"
+
+// Who sends how many rows where, and on which row each of them lands: prefix sums over the counts
+// of all ranks, with no communication.
+
+namespace ep {
+
+struct Group {
+  int rank, num_ranks, num_experts;
+  Placement placement;
+};
+
+/// Counts of one rank's batch: rows for each rank, then tokens for each expert.
+/// Throws ConfigError for an expert out of range or chosen twice by one token.
+///
+/// `is_token_in_rank` ([num_tokens, num_ranks] bytes) may be null.
+void count_rows(const Group& group, const int64_t* topk_idx, int64_t num_tokens, int num_topk,
+                int32_t* counts, uint8_t* is_token_in_rank);
+
+/// The counts of every rank: counts_of[s][d] for d < num_ranks are rows from rank s to rank d in
+/// the rank-major layout, counts_of[s][num_ranks + e] tokens of rank s for expert e.
+using CountMatrix = std::vector<const int32_t*>;
+
+/// Fills the routing of a fresh dispatch on this rank. `capacities[d]` is the capacity of rank d,
+/// -1 = none; rows past it get -1.
+///
+/// Example, expert-major, alignment 4, one rank with two experts that got 3 and 2 rows: groups
+/// start at rows 0 and 4, rows 3, 6 and 7 are padding, expert_offsets = {0, 4, 8}.
+void plan_rows(const Group& group, const HtSizes& sizes, const CountMatrix& counts_of,
+               const int64_t* capacities, const HtRouting& routing);
+
+}  // namespace ep

@@ -1,0 +1,263 @@
+// The calls of a buffer on the host: which protocol step comes after which. The steps themselves
+// are in cpu/exchange.cpp, the transfers in cpu/ht_*.cpp.
+//
+//   fresh dispatch    notify:  post counts, wait for all posts, plan rows
+//                     send:    offer memory, wait for offers, send rows, done, wait for all done
+//   with capacity or  post counts and memory, wait for all posts, plan rows, send rows, done,
+//   cached handle     wait for all done
+//   combine           stage rows, post memory, wait for all posts, reduce rows, done,
+//                     wait for all done
+
+#include "cpu/buffer.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/check.h"
+
+namespace ep::cpu {
+namespace {
+
+void copy_text(char (&to)[kMaxText], const std::string& text) {
+  const size_t length = std::min(text.size(), size_t{kMaxText - 1});
+  std::memcpy(to, text.data(), length);
+  to[length] = '\0';
+}
+
+Offer recv_offer(const HtDispatchArgs& args) {
+  return {0, args.recv_x, args.recv_scales, args.recv_topk_idx, args.recv_topk_weights};
+}
+
+}  // namespace
+
+Buffer::Buffer(const Config& config) : config_(config), expert_local_(config.expert_rank.size()) {
+  const Exchange::Config& exchange = config_.exchange;
+  std::vector<int32_t> num_local(exchange.num_ranks, 0);
+  for (size_t expert = 0; expert < config_.expert_rank.size(); ++expert) {
+    const int32_t rank = config_.expert_rank[expert];
+    EP_CHECK(rank >= 0 && rank < exchange.num_ranks, "expert_to_rank[", expert, "]=", rank,
+             " is outside num_ranks=", exchange.num_ranks);
+    expert_local_[expert] = num_local[rank]++;
+  }
+  group_ = {exchange.rank,
+            exchange.num_ranks,
+            exchange.num_experts,
+            {config_.expert_rank.data(), expert_local_.data()}};
+  exchange_ = std::make_unique<Exchange>(exchange);
+  pool_ = std::make_shared<Pool>(exchange.pool_bytes);
+  pool_base_ = exchange_->pool(exchange.rank);
+}
+
+Buffer::~Buffer() { destroy(); }
+
+void Buffer::destroy() {
+  if (is_destroyed_) return;
+  is_destroyed_ = true;
+  queue_.drain();
+  pool_->memory = exchange_->detach();
+}
+
+void Buffer::check_usable() {
+  EP_CHECK(!is_destroyed_, "this buffer was destroyed and cannot be used any more");
+  std::lock_guard<std::mutex> lock(failure_mutex_);
+  if (!failure_.empty())
+    throw DeviceError("this buffer failed and cannot be used any more: " + failure_);
+}
+
+uint64_t Buffer::next_seq() {
+  check_usable();
+  return num_calls_++;
+}
+
+template <typename Body>
+void Buffer::run_call(uint64_t seq, Body&& body) {
+  check_usable();
+  try {
+    body();
+  } catch (const TimeoutError& error) {
+    {
+      std::lock_guard<std::mutex> lock(failure_mutex_);
+      failure_ = error.what();
+    }
+    exchange_->send_failed(error.record);
+    throw;
+  } catch (...) {
+    exchange_->send_done(seq);
+    throw;
+  }
+}
+
+template <typename Body>
+std::shared_ptr<PendingOp> Buffer::start(bool is_async, Body&& body) {
+  auto op = std::make_shared<PendingOp>(std::forward<Body>(body));
+  if (is_async) {
+    queue_.submit(op);
+  } else {
+    queue_.run(op);
+  }
+  return op;
+}
+
+Post Buffer::make_post(Op op, const HtSizes& sizes) const {
+  const bool by_expert = static_cast<Layout>(sizes.layout) == Layout::kExpertMajor;
+  Post post{};
+  post.fields[kFieldOp] = static_cast<int64_t>(op);
+  post.fields[kFieldLayout] = sizes.layout;
+  post.fields[kFieldRowType] = sizes.row_type;
+  post.fields[kFieldRowBytes] = sizes.row_bytes;
+  post.fields[kFieldScaleBytes] = sizes.scale_bytes;
+  post.fields[kFieldNumTopk] = by_expert ? 0 : sizes.num_topk;  // own matter in expert-major
+  post.fields[kFieldWeightBytes] = sizes.weight_bytes;
+  post.fields[kFieldAlignment] = sizes.expert_alignment;
+  post.fields[kFieldHasCapacity] = sizes.capacity >= 0;
+  post.fields[kFieldHandle] = sizes.handle_seq;
+  post.capacity = sizes.capacity;
+  return post;
+}
+
+std::vector<Offer> Buffer::posted_offers(uint64_t seq) const {
+  std::vector<Offer> offers;
+  for (int src = 0; src < group_.num_ranks; ++src)
+    offers.push_back(exchange_->post(seq, src).offer);
+  return offers;
+}
+
+std::vector<int64_t> Buffer::posted_capacities(uint64_t seq) const {
+  std::vector<int64_t> capacities;
+  for (int src = 0; src < group_.num_ranks; ++src)
+    capacities.push_back(exchange_->post(seq, src).capacity);
+  return capacities;
+}
+
+void Buffer::move_rows(uint64_t seq, const HtDispatchArgs& args, const std::vector<Offer>& offers) {
+  send_rows(transfer(), args, offers);
+  fill_padding(transfer(), args);
+  exchange_->send_done(seq);
+  exchange_->wait_done(seq);
+}
+
+uint64_t Buffer::notify(const HtDispatchArgs& args) {
+  check_usable();
+  std::vector<int32_t> counts(group_.num_ranks + group_.num_experts);
+  try {
+    validate(args);
+    count_rows(group_, args.routing.topk_idx, args.sizes.num_tokens, args.sizes.num_topk,
+               counts.data(), nullptr);
+  } catch (const ConfigError& error) {
+    refuse(error.what());
+    throw;
+  }
+  const uint64_t seq = next_seq();
+  const auto exchange_counts = [&] {
+    exchange_->wait_slot(seq);
+    exchange_->send_post(seq, make_post(Op::kDispatch, args.sizes), counts.data());
+    exchange_->wait_posts(seq);
+    plan_rows(group_, args.sizes, exchange_->counts(seq), posted_capacities(seq).data(),
+              args.routing);
+  };
+  run_call(seq, [&] {
+    try {
+      exchange_counts();
+    } catch (const ConfigError&) {
+      queue_.drain();  // "done" must not overtake the calls before this one
+      throw;
+    }
+  });
+  return seq;
+}
+
+std::shared_ptr<PendingOp> Buffer::send(uint64_t seq, const HtDispatchArgs& args,
+                                        const std::string& offer_error, bool is_async) {
+  OfferSlot slot{recv_offer(args), {}};
+  slot.offer.failed = !offer_error.empty();
+  copy_text(slot.text, offer_error);
+  exchange_->send_offer(seq, slot);
+  return start(is_async, [this, seq, args] {
+    run_call(seq, [&] { move_rows(seq, args, exchange_->wait_offers(seq)); });
+  });
+}
+
+std::shared_ptr<PendingOp> Buffer::dispatch(const HtDispatchArgs& args, bool is_async,
+                                            uint64_t* call_seq) {
+  check_usable();
+  const bool is_fresh = args.sizes.handle_seq < 0;
+  std::vector<int32_t> counts;
+  try {
+    validate(args);
+    if (is_fresh) {
+      counts.resize(group_.num_ranks + group_.num_experts);
+      count_rows(group_, args.routing.topk_idx, args.sizes.num_tokens, args.sizes.num_topk,
+                 counts.data(), nullptr);
+    }
+  } catch (const ConfigError& error) {
+    refuse(error.what());
+    throw;
+  }
+  const uint64_t seq = *call_seq = next_seq();
+  Post post = make_post(is_fresh ? Op::kDispatch : Op::kCachedDispatch, args.sizes);
+  post.offer = recv_offer(args);
+  return start(is_async, [this, seq, args, post, counts] {
+    run_call(seq, [&] {
+      exchange_->wait_slot(seq);
+      exchange_->send_post(seq, post, counts.empty() ? nullptr : counts.data());
+      exchange_->wait_posts(seq);
+      if (!counts.empty())
+        plan_rows(group_, args.sizes, exchange_->counts(seq), posted_capacities(seq).data(),
+                  args.routing);
+      move_rows(seq, args, posted_offers(seq));
+    });
+  });
+}
+
+std::shared_ptr<PendingOp> Buffer::combine(const HtCombineArgs& args, bool is_async) {
+  check_usable();
+  try {
+    validate(args);
+  } catch (const ConfigError& error) {
+    refuse(error.what());
+    throw;
+  }
+  const uint64_t seq = next_seq();
+  Post post = make_post(Op::kCombine, args.sizes);
+  post.offer.x = args.pool_x;
+  post.offer.topk_weights = args.pool_topk_weights;
+  return start(is_async, [this, seq, args, post] {
+    run_call(seq, [&] {
+      exchange_->wait_slot(seq);
+      stage_rows(transfer(), args);
+      exchange_->send_post(seq, post, nullptr);
+      exchange_->wait_posts(seq);
+      reduce_rows(transfer(), args, posted_offers(seq));
+      exchange_->send_done(seq);
+      exchange_->wait_done(seq);
+    });
+  });
+}
+
+std::shared_ptr<PendingOp> Buffer::barrier() {
+  const uint64_t seq = next_seq();
+  return start(/*is_async=*/false, [this, seq] {
+    run_call(seq, [&] {
+      exchange_->wait_slot(seq);
+      exchange_->send_post(seq, make_post(Op::kBarrier, HtSizes{}), nullptr);
+      exchange_->wait_posts(seq);
+      exchange_->send_done(seq);
+      exchange_->wait_done(seq);
+    });
+  });
+}
+
+void Buffer::refuse(const std::string& reason) {
+  const uint64_t seq = next_seq();
+  queue_.drain();
+  run_call(seq, [&] {
+    exchange_->wait_slot(seq);
+    Post post{};
+    post.fields[kFieldOp] = static_cast<int64_t>(Op::kRefused);
+    copy_text(post.text, reason);
+    exchange_->send_post(seq, post, nullptr);
+    exchange_->send_done(seq);
+  });
+}
+
+}  // namespace ep::cpu

@@ -1,0 +1,210 @@
+#include "cpu/exchange.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+
+namespace ep::cpu {
+namespace {
+
+const char* op_name(int64_t op) {
+  switch (static_cast<Op>(op)) {
+    case Op::kDispatch:
+      return "dispatch";
+    case Op::kCachedDispatch:
+      return "dispatch with a cached handle";
+    case Op::kCombine:
+      return "combine";
+    case Op::kBarrier:
+      return "barrier";
+    case Op::kRefused:
+      return "a refused call";
+  }
+  return "unknown";
+}
+
+std::string field_value(int field, int64_t value) {
+  if (field == kFieldOp) return op_name(value);
+  if (field == kFieldLayout) return value == 0 ? "RANK_MAJOR" : "EXPERT_MAJOR";
+  if (field == kFieldHasCapacity) return value == 0 ? "no" : "yes";
+  if (field == kFieldRowType) {
+    constexpr const char* kNames[] = {"bfloat16", "float16", "float32", "float64", "float8_e4m3fn"};
+    if (value >= 0 && value < 5) return kNames[value];
+  }
+  return std::to_string(value);
+}
+
+}  // namespace
+
+Exchange::Exchange(const Config& config)
+    : config_(config), layout_(config.num_ranks, config.num_experts), segments_(config.num_ranks) {
+  const size_t num_bytes = layout_.num_bytes + static_cast<size_t>(config.pool_bytes);
+  segments_[config.rank] = std::make_shared<SharedSegment>(SharedSegment::create(num_bytes));
+}
+
+void Exchange::attach(const int64_t* pids, const int32_t* fds) {
+  const size_t num_bytes = segments_[config_.rank]->size();
+  processes_.clear();
+  for (int peer = 0; peer < config_.num_ranks; ++peer) {
+    processes_.emplace_back(pids[peer]);
+    if (peer == config_.rank) continue;
+    segments_[peer] =
+        std::make_shared<SharedSegment>(SharedSegment::open(pids[peer], fds[peer], num_bytes));
+  }
+}
+
+void Exchange::close_files() { segments_[config_.rank]->close_file(); }
+
+std::shared_ptr<SharedSegment> Exchange::detach() {
+  for (int peer = 0; peer < config_.num_ranks; ++peer) {
+    if (!segments_[peer]) continue;
+    __atomic_store_n(&line(peer, config_.rank).departed, 1u, __ATOMIC_RELEASE);
+    ring(doorbell(peer));
+    if (peer != config_.rank) segments_[peer].reset();
+  }
+  return std::move(segments_[config_.rank]);
+}
+
+void Exchange::wait_slot(uint64_t seq) {
+  if (seq < kNumSlots) return;
+  for (int peer = 0; peer < config_.num_ranks; ++peer)
+    wait_flag(&line(config_.rank, peer).done, seq + 1 - kNumSlots, peer, Phase::kSlot);
+}
+
+void Exchange::send_post(uint64_t seq, const Post& post, const int32_t* counts) {
+  const size_t slot = layout_.slot(seq, config_.rank);
+  const size_t num_counts = static_cast<size_t>(config_.num_ranks) + config_.num_experts;
+  for (int peer = 0; peer < config_.num_ranks; ++peer) {
+    auto* destination = word<uint8_t>(peer, layout_.posts + slot * layout_.post_stride);
+    std::memcpy(destination, &post, sizeof(Post));
+    if (counts) std::memcpy(destination + sizeof(Post), counts, num_counts * sizeof(int32_t));
+    store_flag(word<uint64_t>(peer, layout_.post_flags) + slot, seq + 1);
+    ring(doorbell(peer));
+  }
+}
+
+void Exchange::wait_posts(uint64_t seq) {
+  for (int peer = 0; peer < config_.num_ranks; ++peer)
+    wait_flag(word<uint64_t>(config_.rank, layout_.post_flags) + layout_.slot(seq, peer), seq + 1,
+              peer, Phase::kPost);
+  check_agreement(seq);
+}
+
+const Post& Exchange::post(uint64_t seq, int src) const {
+  return *word<Post>(config_.rank, layout_.posts + layout_.slot(seq, src) * layout_.post_stride);
+}
+
+CountMatrix Exchange::counts(uint64_t seq) const {
+  CountMatrix counts;
+  for (int src = 0; src < config_.num_ranks; ++src)
+    counts.push_back(reinterpret_cast<const int32_t*>(&post(seq, src) + 1));
+  return counts;
+}
+
+void Exchange::send_offer(uint64_t seq, const OfferSlot& offer) {
+  const size_t slot = layout_.slot(seq, config_.rank);
+  for (int peer = 0; peer < config_.num_ranks; ++peer) {
+    word<OfferSlot>(peer, layout_.offers)[slot] = offer;
+    store_flag(word<uint64_t>(peer, layout_.offer_flags) + slot, seq + 1);
+    ring(doorbell(peer));
+  }
+}
+
+std::vector<Offer> Exchange::wait_offers(uint64_t seq) {
+  std::vector<Offer> offers;
+  for (int peer = 0; peer < config_.num_ranks; ++peer) {
+    const size_t slot = layout_.slot(seq, peer);
+    wait_flag(word<uint64_t>(config_.rank, layout_.offer_flags) + slot, seq + 1, peer,
+              Phase::kOffer);
+    offers.push_back(word<OfferSlot>(config_.rank, layout_.offers)[slot].offer);
+  }
+  for (int peer = 0; peer < config_.num_ranks; ++peer)
+    if (offers[peer].failed)
+      throw DeviceError(
+          concat("rank ", peer, " has no memory for its rows: ",
+                 word<OfferSlot>(config_.rank, layout_.offers)[layout_.slot(seq, peer)].text));
+  return offers;
+}
+
+void Exchange::send_done(uint64_t seq) {
+  for (int peer = 0; peer < config_.num_ranks; ++peer) {
+    store_flag(&line(peer, config_.rank).done, seq + 1);
+    ring(doorbell(peer));
+  }
+}
+
+void Exchange::wait_done(uint64_t seq) {
+  for (int peer = 0; peer < config_.num_ranks; ++peer)
+    wait_flag(&line(config_.rank, peer).done, seq + 1, peer, Phase::kDone);
+}
+
+void Exchange::send_failed(const TimeoutRecord& record) {
+  for (int peer = 0; peer < config_.num_ranks; ++peer) {
+    PeerLine& own = line(peer, config_.rank);
+    own.culprit = record.peer;
+    own.culprit_phase = record.phase;
+    __atomic_store_n(&own.failed, 1u, __ATOMIC_RELEASE);
+    ring(doorbell(peer));
+  }
+}
+
+void Exchange::wait_flag(const uint64_t* flag, uint64_t expected, int peer, Phase phase) {
+  const auto start = Clock::now();
+  TimeoutRecord record{config_.rank, static_cast<int32_t>(phase), peer,
+                       static_cast<int64_t>(expected), 0};
+  const auto ready = [&] {
+    const uint64_t seen = load_flag(flag);
+    record.seen = static_cast<int64_t>(seen);
+    return seen >= expected;
+  };
+  const auto check = [&] {
+    const std::string problem = peer_problem(record);
+    // The peer may have written the word, and left, since it was last looked at.
+    if (!problem.empty() && !ready()) throw TimeoutError(problem, record);
+  };
+  const auto deadline = start + std::chrono::microseconds(config_.timeout_us);
+  const bool arrived = wait_until(doorbell(config_.rank), deadline, ready, check);
+  if (arrived) return;
+  throw TimeoutError(
+      concat("rank ", config_.rank, " waited ", config_.timeout_us * 1e-6, " s for rank ", peer,
+             " ", phase_name(phase), ": expected ", expected, ", seen ", record.seen),
+      record);
+}
+
+std::string Exchange::peer_problem(TimeoutRecord& waiting) const {
+  const int peer = waiting.peer;
+  const PeerLine& state = line(config_.rank, peer);
+  std::string what;
+  int culprit = peer;
+  if (__atomic_load_n(&state.failed, __ATOMIC_ACQUIRE) && peer != config_.rank) {
+    culprit = state.culprit;
+    what = concat("rank ", peer, " gave up on rank ", culprit, ", which it had asked ",
+                  phase_name(static_cast<Phase>(state.culprit_phase)));
+  } else if (__atomic_load_n(&state.departed, __ATOMIC_ACQUIRE)) {
+    what = concat("rank ", peer, " has destroyed its buffer");
+  } else if (processes_[peer].has_ended()) {
+    what = concat("the process of rank ", peer, " has ended");
+  } else {
+    return what;
+  }
+  waiting.peer = culprit;
+  return concat(what, "; rank ", config_.rank, " was waiting for rank ", peer, " ",
+                phase_name(static_cast<Phase>(waiting.phase)), ": expected ", waiting.expected,
+                ", seen ", waiting.seen);
+}
+
+void Exchange::check_agreement(uint64_t seq) const {
+  for (int src = 0; src < config_.num_ranks; ++src)
+    EP_CHECK_AGREED(post(seq, src).fields[kFieldOp] != static_cast<int64_t>(Op::kRefused), "rank ",
+                    src, " refused this call: ", post(seq, src).text);
+  for (int src = 1; src < config_.num_ranks; ++src)
+    for (int field = 0; field < kNumPostFields; ++field) {
+      const int64_t here = post(seq, 0).fields[field], there = post(seq, src).fields[field];
+      EP_CHECK_AGREED(here == there, "ranks disagree on the ", kPostFieldNames[field],
+                      ": rank 0 has ", field_value(field, here), ", rank ", src, " has ",
+                      field_value(field, there));
+    }
+}
+
+}  // namespace ep::cpu

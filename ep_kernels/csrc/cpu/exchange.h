@@ -1,0 +1,90 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/check.h"
+#include "core/ht_plan.h"
+#include "core/protocol.h"
+#include "runtime/doorbell.h"
+#include "runtime/process_watch.h"
+#include "runtime/shared_segment.h"
+
+namespace ep::cpu {
+
+/// One rank's view of the memory all ranks share, and the protocol words in it. Every wait is for
+/// one peer, has a deadline, and ends early with a TimeoutError when that peer has ended, has
+/// destroyed its buffer or has itself given up.
+class Exchange {
+ public:
+  struct Config {
+    int rank, num_ranks, num_experts;
+    int64_t pool_bytes;
+    int64_t timeout_us;
+  };
+
+  explicit Exchange(const Config& config);
+
+  int fd() const { return segments_[config_.rank]->fd(); }
+
+  /// Maps the segments of all peers. `pids` and `fds` are what they published.
+  void attach(const int64_t* pids, const int32_t* fds);
+
+  /// Forgets the files: from now on the memory lives as long as its mappings.
+  void close_files();
+
+  /// Tells the peers that this rank will not call again, and drops their memory. The own segment
+  /// is returned: results in it may still be in use.
+  std::shared_ptr<SharedSegment> detach();
+
+  uint8_t* pool(int rank) const { return segments_[rank]->data() + layout_.num_bytes; }
+  const Config& config() const { return config_; }
+
+  // The steps of a call, in order. `seq` is the number of the call.
+
+  /// Waits until every peer has finished call seq - kNumSlots, whose slots this call reuses.
+  void wait_slot(uint64_t seq);
+  /// Announces the call to all ranks. `counts` is [num_ranks + num_experts] or null.
+  void send_post(uint64_t seq, const Post& post, const int32_t* counts);
+  /// Waits until all ranks have announced the call; throws ConfigError unless they agree.
+  void wait_posts(uint64_t seq);
+  const Post& post(uint64_t seq, int src) const;
+  /// Counts of all ranks, valid until this rank finishes the call.
+  CountMatrix counts(uint64_t seq) const;
+  void send_offer(uint64_t seq, const OfferSlot& offer);
+  /// Where the memory of every rank is. Throws DeviceError if a rank found none.
+  std::vector<Offer> wait_offers(uint64_t seq);
+  /// Says that this rank has written and read all it will for this call and those before.
+  void send_done(uint64_t seq);
+  /// Waits for send_done() of all ranks: the rows are here, and ours may be overwritten.
+  void wait_done(uint64_t seq);
+
+  /// Tells the peers whom this rank gave up on.
+  void send_failed(const TimeoutRecord& record);
+
+ private:
+  uint8_t* control(int rank) const { return segments_[rank]->data(); }
+  template <typename T>
+  T* word(int rank, size_t offset) const {
+    return reinterpret_cast<T*>(control(rank) + offset);
+  }
+  PeerLine& line(int owner, int src) const {
+    return word<PeerLine>(owner, layout_.peer_lines)[src];
+  }
+  Doorbell& doorbell(int rank) const { return *word<Doorbell>(rank, layout_.doorbell); }
+
+  /// Waits for `flag`, one of this rank's own words, to reach `expected`; `peer` writes it.
+  void wait_flag(const uint64_t* flag, uint64_t expected, int peer, Phase phase);
+  /// Why the peer of `waiting` will never come, or empty; makes the culprit the record's peer.
+  std::string peer_problem(TimeoutRecord& waiting) const;
+  void check_agreement(uint64_t seq) const;
+
+  Config config_;
+  ControlLayout layout_;
+  std::vector<std::shared_ptr<SharedSegment>> segments_;
+  std::vector<ProcessWatch> processes_;
+};
+
+}  // namespace ep::cpu

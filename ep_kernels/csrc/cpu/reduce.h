@@ -1,0 +1,39 @@
+#pragma once
+
+#include <cstdint>
+
+#include "core/types.h"
+
+namespace ep::cpu {
+
+/// Adds rows in the order given, starting from +0, then the biases, and rounds once to the element
+/// type (nearest, ties to even; every NaN becomes the canonical quiet NaN). Accumulates in fp32,
+/// fp64 rows in fp64. All variants give the same bits.
+struct ReduceArgs {
+  void* out;                  ///< [hidden]
+  const void* const* rows;    ///< [num_rows] -> [hidden]
+  const void* const* biases;  ///< [num_biases] -> [hidden]
+  int num_rows, num_biases;
+  int64_t hidden;  ///< elements
+};
+
+using ReduceFn = void (*)(const ReduceArgs&);
+
+/// The fastest variant that this processor runs. Throws ConfigError for FP8 rows.
+ReduceFn select_reduce(RowType type);
+
+/// Which variant select_reduce() takes: "avx512", "avx2" or "scalar". The environment variable
+/// EP_KERNELS_SIMD lowers it.
+const char* simd_name();
+
+namespace scalar {
+ReduceFn reduce_fn(RowType type);
+}
+namespace avx2 {
+ReduceFn reduce_fn(RowType type);
+}
+namespace avx512 {
+ReduceFn reduce_fn(RowType type);
+}
+
+}  // namespace ep::cpu

@@ -1,0 +1,44 @@
+"""The only reader of environment variables in this package, and the defaults that depend on the
+machine.
+
+EP_KERNELS_TIMEOUT_S    default of `Buffer(timeout_s=)`, seconds
+EP_KERNELS_NUM_THREADS  default of `Buffer(num_sms=)` on the CPU backend
+EP_KERNELS_POOL_BYTES   default of `Buffer(pool_bytes=)` on the CPU backend
+EP_KERNELS_SIMD         scalar, avx2 or avx512: a slower path of the CPU core (read by the core)
+"""
+
+from __future__ import annotations
+
+import os
+
+from ep_kernels.errors import EPConfigError
+
+DEFAULT_TIMEOUT_S = 60.0
+
+
+def _number(name: str, default: float) -> float:
+    text = os.environ.get(name, "")
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        raise EPConfigError(f"environment variable {name}={text!r} is not a number") from None
+    if value <= 0:
+        raise EPConfigError(f"environment variable {name}={text!r} is not positive")
+    return value
+
+
+def default_timeout_s() -> float:
+    """Seconds that a rank waits for a peer."""
+    return _number("EP_KERNELS_TIMEOUT_S", DEFAULT_TIMEOUT_S)
+
+
+def default_num_threads(num_ranks: int) -> int:
+    """Worker threads per rank: the usable cores, shared among the ranks of the machine."""
+    cores = len(os.sched_getaffinity(0))
+    return int(_number("EP_KERNELS_NUM_THREADS", max(1, cores // num_ranks)))
+
+
+def default_pool_bytes() -> int:
+    """Size of a rank's pool: the machine's memory. Pages cost nothing until they are touched."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(_number("EP_KERNELS_POOL_BYTES", memory))

@@ -1,0 +1,63 @@
+"""Completion of asynchronous calls, with the same meaning on the CPU and on GPUs."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class Operation(Protocol):
+    """What a backend hands out for a call under way."""
+
+    def is_finished(self) -> bool: ...
+
+    def wait(self) -> None:
+        """Blocks the host until the call has finished; raises its error."""
+
+    def make_current_stream_wait(self) -> None:
+        """Orders later work of the current stream behind the call."""
+
+
+class Event:
+    """The end of one dispatch or combine.
+
+    Results of a call made with `async_op=True` may be used after `wait()`, after
+    `current_stream_wait()` by work submitted to the current stream later, or once `query()` is
+    true. As a context manager it makes the current stream wait on exit, so that work inside the
+    block overlaps the transfer.
+
+    An event made without an operation is complete.
+    """
+
+    def __init__(self, operation: Operation | None = None, keep: Any = None) -> None:
+        self._operation = operation
+        self._keep = keep  # tensors the call reads or writes
+
+    @property
+    def operation(self) -> Operation | None:
+        """The call behind the event; None once it is known to be complete."""
+        return self._operation
+
+    def wait(self) -> None:
+        """Blocks the host until the call has finished.
+
+        Raises:
+            EPError: the error of the call, each time.
+        """
+        if self._operation is not None:
+            self._operation.wait()
+            self._operation = self._keep = None
+
+    def current_stream_wait(self) -> None:
+        """Makes the current stream wait; on the CPU, where calls and streams are one, the host."""
+        if self._operation is not None:
+            self._operation.make_current_stream_wait()
+
+    def query(self) -> bool:
+        """Whether the call has finished, with or without an error."""
+        return self._operation is None or self._operation.is_finished()
+
+    def __enter__(self) -> Event:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.current_stream_wait()

@@ -1,0 +1,363 @@
+"""High-throughput calls: from checked arguments to the compiled core and back to results.
+
+Symbols as in buffer.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ep_kernels import checks
+from ep_kernels._native import CombineArgs, DispatchArgs, Routing, Sizes
+from ep_kernels.config import Layout
+from ep_kernels.cpu_backend import CpuBackend
+from ep_kernels.errors import EPConfigError, EPDeviceError
+from ep_kernels.event import Event
+from ep_kernels.handle import CombineResult, DispatchHandle, DispatchLayout, DispatchResult
+
+_LAYOUT_CODES = {Layout.RANK_MAJOR: 0, Layout.EXPERT_MAJOR: 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallOptions:
+    """How a call runs; see Buffer.dispatch()."""
+
+    async_op: bool
+    previous_event: Event | None
+    num_sms: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewRouting:
+    """What a dispatch without a handle is asked for; see Buffer.dispatch()."""
+
+    topk_idx: Any
+    layout: Layout
+    expert_alignment: int
+    capacity: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Received:
+    """The tensors that a dispatch fills, in this rank's pool."""
+
+    x: torch.Tensor
+    scales: torch.Tensor | None
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+
+
+class HighThroughput:
+    """The calls of one buffer. `num_sms` is the default number of worker threads."""
+
+    def __init__(
+        self,
+        backend: CpuBackend,
+        *,
+        num_ranks: int,
+        num_experts: int,
+        num_local_experts: int,
+        num_sms: int,
+    ) -> None:
+        self._backend = backend
+        self._identity = object()
+        self._num_ranks, self._num_experts = num_ranks, num_experts
+        self._num_local_experts = num_local_experts
+        self._num_sms = num_sms
+
+    def get_dispatch_layout(self, topk_idx: torch.Tensor) -> DispatchLayout:
+        """See Buffer.get_dispatch_layout()."""
+        topk_idx = self._check_topk_idx(topk_idx, None)
+        counts = torch.zeros(self._num_ranks + self._num_experts, dtype=torch.int32)
+        is_token_in_rank = torch.zeros((topk_idx.shape[0], self._num_ranks), dtype=torch.bool)
+        self._backend.count_rows(topk_idx, counts, is_token_in_rank)
+        return DispatchLayout(
+            num_tokens_per_rank=counts[: self._num_ranks],
+            num_tokens_per_expert=counts[self._num_ranks :],
+            is_token_in_rank=is_token_in_rank,
+        )
+
+    def dispatch(
+        self,
+        x: Any,
+        topk_weights: Any,
+        *,
+        routing: NewRouting | DispatchHandle,
+        options: CallOptions,
+    ) -> DispatchResult:
+        """See Buffer.dispatch()."""
+        with self._refusing():
+            if isinstance(routing, NewRouting):
+                rows = checks.check_rows(x, num_rows=None, device=self._backend.device)
+                handle = self._new_handle(routing, rows.num_tokens)
+            else:
+                handle = self._check_handle(routing)
+                rows = checks.check_rows(x, num_rows=handle.num_tokens, device=self._backend.device)
+            weights = self._check_weights(topk_weights, tuple(handle.topk_idx.shape))
+            args = DispatchArgs(
+                x=rows.x.data_ptr(),
+                scales=_address(rows.scales),
+                topk_weights=_address(weights),
+                routing=_routing(handle),
+                sizes=self._sizes(rows, handle, weights, options.num_sms),
+            )
+            memory = None
+            if handle.num_rows >= 0:
+                memory = self._receive_memory(args, rows, handle, weights)
+        _order_after(options.previous_event)
+        if memory is None:
+            return self._dispatch_fresh(args, rows, handle, weights, options)
+        keep = (rows, weights, handle, memory)
+        seq, event = self._backend.dispatch(args, keep=keep, async_op=options.async_op)
+        if handle.seq < 0:
+            handle = replace(handle, seq=seq)
+        return _dispatch_result(handle, memory, event)
+
+    def combine(
+        self,
+        x: Any,
+        handle: Any,
+        *,
+        topk_weights: Any,
+        bias: Any,
+        options: CallOptions,
+    ) -> CombineResult:
+        """See Buffer.combine()."""
+        with self._refusing():
+            handle = self._check_handle(handle)
+            rows = checks.check_rows(x, num_rows=handle.num_rows, device=self._backend.device)
+            if rows.x.dtype == checks.FP8:
+                raise EPConfigError(f"x has dtype {rows.x.dtype}, whose rows cannot be summed")
+            biases = checks.check_biases(bias, rows.x, handle.num_tokens)
+            by_rank = handle.layout is Layout.RANK_MAJOR
+            weights = self._check_weights(
+                topk_weights, (handle.num_rows, *([handle.num_topk] if by_rank else []))
+            )
+            args = CombineArgs(
+                x=rows.x.data_ptr(),
+                topk_weights=_address(weights),
+                routing=_routing(handle),
+                num_rows=handle.num_rows,
+                sizes=self._sizes(rows, handle, weights, options.num_sms),
+            )
+            for index, one in enumerate(biases):
+                args.bias[index] = one.data_ptr()
+            args.pool_x, args.stage_x, staged_x = self._in_pool(rows.x)
+            args.pool_topk_weights, args.stage_topk_weights, staged_weights = self._in_pool(weights)
+        out = torch.empty((handle.num_tokens, rows.hidden), dtype=rows.x.dtype)
+        out_weights = (
+            None if weights is None else torch.empty(handle.topk_idx.shape, dtype=weights.dtype)
+        )
+        args.out, args.out_topk_weights = out.data_ptr(), _address(out_weights)
+        _order_after(options.previous_event)
+        keep = (rows, weights, biases, handle, staged_x, staged_weights, out, out_weights)
+        event = self._backend.combine(args, keep=keep, async_op=options.async_op)
+        return CombineResult(x=out, topk_weights=out_weights, event=event)
+
+    def _dispatch_fresh(
+        self,
+        args: DispatchArgs,
+        rows: checks.Rows,
+        handle: DispatchHandle,
+        weights: torch.Tensor | None,
+        options: CallOptions,
+    ) -> DispatchResult:
+        """Exchanges the counts, takes the memory they ask for, sends the rows."""
+        seq = self._backend.notify(args)
+        handle = replace(handle, seq=seq, num_rows=int(handle.recv_sizes[0]))
+        problem = ""
+        try:
+            memory = self._receive_memory(args, rows, handle, weights)
+        except EPDeviceError as error:  # every rank has to learn of it
+            memory, problem = None, str(error)
+        event = self._backend.send(
+            seq,
+            args,
+            keep=(rows, weights, handle, memory),
+            error=problem,
+            async_op=options.async_op,
+        )
+        if memory is None:
+            event.wait()
+            raise EPDeviceError(problem)
+        return _dispatch_result(handle, memory, event)
+
+    def refuse(self, reason: str) -> None:
+        """Raises EPConfigError(reason) here and, naming this rank, on the peers."""
+        with self._refusing():
+            raise EPConfigError(reason)
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Tells the peers, who make the same call, why this rank does not."""
+        try:
+            yield
+        except (EPConfigError, EPDeviceError) as error:
+            self._backend.refuse(str(error))
+            raise
+
+    def _check_topk_idx(self, topk_idx: Any, num_tokens: int | None) -> torch.Tensor:
+        checks.check_tensor(
+            "topk_idx",
+            topk_idx,
+            dtypes=[torch.int64],
+            shape=(num_tokens, None),
+            device=self._backend.device,
+        )
+        if not 1 <= topk_idx.shape[1] <= self._num_experts:
+            raise EPConfigError(
+                f"topk_idx has shape {tuple(topk_idx.shape)}: num_topk={topk_idx.shape[1]} is "
+                f"outside [1, num_experts={self._num_experts}]"
+            )
+        return topk_idx
+
+    def _check_weights(self, weights: Any, shape: tuple[int, ...]) -> torch.Tensor | None:
+        if weights is None:
+            return None
+        return checks.check_tensor(
+            "topk_weights",
+            weights,
+            dtypes=checks.WEIGHT_DTYPES,
+            shape=shape,
+            device=self._backend.device,
+        )
+
+    def _check_handle(self, handle: Any) -> DispatchHandle:
+        if not isinstance(handle, DispatchHandle):
+            raise EPConfigError(f"handle={handle!r} is not a DispatchHandle")
+        if handle.owner is not self._identity:
+            raise EPConfigError(f"handle (of dispatch {handle.seq}) was made by another buffer")
+        return handle
+
+    def _new_handle(self, routing: NewRouting, num_tokens: int) -> DispatchHandle:
+        """A handle whose routing the call will fill."""
+        if routing.topk_idx is None:
+            raise EPConfigError("topk_idx=None needs a handle")
+        topk_idx = self._check_topk_idx(routing.topk_idx, num_tokens)
+        layout, capacity = checks.check_layout(routing.layout), routing.capacity
+        checks.check_int("expert_alignment", routing.expert_alignment, low=1, high=1 << 20)
+        if capacity is not None:
+            checks.check_int("capacity", capacity, low=0, high=(1 << 31) - 1)
+        num_groups = self._num_local_experts if layout is Layout.EXPERT_MAJOR else 1
+        return DispatchHandle(
+            owner=self._identity,
+            seq=-1,
+            layout=layout,
+            expert_alignment=routing.expert_alignment,
+            capacity=capacity,
+            num_tokens=num_tokens,
+            num_rows=-1 if capacity is None else capacity,
+            topk_idx=topk_idx.clone(),
+            rows=torch.full(topk_idx.shape, -1, dtype=torch.int32),
+            num_recv_tokens_per_expert=torch.zeros(self._num_local_experts, dtype=torch.int64),
+            expert_offsets=torch.zeros(self._num_local_experts + 1, dtype=torch.int64),
+            own_rows=torch.zeros((num_groups, 2), dtype=torch.int64),
+            recv_sizes=torch.zeros(3, dtype=torch.int64),
+        )
+
+    def _sizes(
+        self,
+        rows: checks.Rows,
+        handle: DispatchHandle,
+        weights: torch.Tensor | None,
+        num_sms: int | None,
+    ) -> Sizes:
+        if num_sms is not None:
+            checks.check_int("num_sms", num_sms, low=1, high=checks.MAX_NUM_SMS)
+        return Sizes(
+            num_tokens=handle.num_tokens,
+            row_bytes=rows.row_bytes,
+            scale_bytes=rows.scale_bytes,
+            capacity=-1 if handle.capacity is None else handle.capacity,
+            handle_seq=handle.seq,
+            num_topk=handle.num_topk,
+            weight_bytes=0 if weights is None else weights.element_size(),
+            layout=_LAYOUT_CODES[handle.layout],
+            row_type=rows.row_type,
+            expert_alignment=handle.expert_alignment,
+            num_threads=num_sms or self._num_sms,
+        )
+
+    def _receive_memory(
+        self,
+        args: DispatchArgs,
+        rows: checks.Rows,
+        handle: DispatchHandle,
+        weights: torch.Tensor | None,
+    ) -> _Received:
+        """Takes the memory for `handle.num_rows` rows and writes its offsets into `args`."""
+        num_rows, num_topk = handle.num_rows, handle.num_topk
+        by_rank = handle.layout is Layout.RANK_MAJOR
+        allocate = self._backend.allocate
+        received = _Received(
+            x=allocate((num_rows, rows.hidden), rows.x.dtype),
+            scales=None
+            if rows.scales is None
+            else allocate((num_rows, rows.scales.shape[1]), rows.scales.dtype),
+            topk_idx=allocate((num_rows, num_topk), torch.int64)
+            if by_rank and args.sizes.handle_seq < 0
+            else None,
+            topk_weights=None
+            if weights is None
+            else allocate((num_rows, num_topk) if by_rank else (num_rows,), weights.dtype),
+        )
+        args.recv_x = self._offset(received.x)
+        args.recv_scales = self._offset(received.scales)
+        args.recv_topk_idx = self._offset(received.topk_idx)
+        args.recv_topk_weights = self._offset(received.topk_weights)
+        return received
+
+    def _offset(self, tensor: torch.Tensor | None) -> int:
+        """Offset in the pool; -1 for no tensor, 0 for an empty one, which nobody writes."""
+        return -1 if tensor is None else self._backend.pool_offset(tensor) or 0
+
+    def _in_pool(self, tensor: torch.Tensor | None) -> tuple[int, int, torch.Tensor | None]:
+        """Where peers read the tensor: (offset, whether it must be copied there first, memory)."""
+        if tensor is None:
+            return -1, 0, None
+        offset = self._backend.pool_offset(tensor)
+        if offset is not None:
+            return offset, 0, None
+        staging = self._backend.allocate(tuple(tensor.shape), tensor.dtype)
+        return self._offset(staging), 1, staging
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _routing(handle: DispatchHandle) -> Routing:
+    return Routing(
+        topk_idx=handle.topk_idx.data_ptr(),
+        rows=handle.rows.data_ptr(),
+        num_recv_tokens_per_expert=handle.num_recv_tokens_per_expert.data_ptr(),
+        expert_offsets=handle.expert_offsets.data_ptr(),
+        own_rows=handle.own_rows.data_ptr(),
+        recv_sizes=handle.recv_sizes.data_ptr(),
+    )
+
+
+def _order_after(previous_event: Event | None) -> None:
+    """Calls of one buffer run in order anyway; this is for the events of others."""
+    if previous_event is not None:
+        previous_event.wait()
+
+
+def _dispatch_result(handle: DispatchHandle, memory: _Received, event: Event) -> DispatchResult:
+    by_expert = handle.layout is Layout.EXPERT_MAJOR
+    return DispatchResult(
+        recv_x=memory.x,
+        recv_scales=memory.scales,
+        recv_topk_idx=memory.topk_idx,
+        recv_topk_weights=memory.topk_weights,
+        num_recv_tokens_per_expert=handle.num_recv_tokens_per_expert,
+        expert_offsets=handle.expert_offsets if by_expert else None,
+        num_overflow=handle.recv_sizes[2:3],
+        handle=handle,
+        event=event,
+    )
