@@ -148,10 +148,10 @@ install_packages() {
   else
     cp "$root/constraints.txt" "$constraints"
   fi
-  say "installing packages (.[${extras}])"
+  say "installing packages (.[${extras}]); the first time this downloads torch, which is large"
   export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_RETRIES=${PIP_RETRIES:-2}
-  "$venv_python" -m pip install --quiet -c "$constraints" "setuptools>=70.1" ninja &&
-    "$venv_python" -m pip install --quiet -c "$constraints" --no-build-isolation \
+  "$venv_python" -m pip install -qq -c "$constraints" "setuptools>=70.1" ninja &&
+    "$venv_python" -m pip install -qq -c "$constraints" --no-build-isolation \
       -e "${root}[${extras}]"
 }
 
