@@ -1,7 +1,7 @@
 """The compiled core, seen through its C interface (`csrc/bindings/c_api.h`).
 
-The structures below mirror `csrc/core/ht_args.h` and `csrc/bindings/c_api.h` field by field; sizes are
-compared when the library is loaded.
+The structures below mirror `csrc/core/ht_args.h` and `csrc/bindings/c_api.h` field by field; sizes
+are compared when the library is loaded.
 """
 
 from __future__ import annotations

@@ -207,7 +207,9 @@ class Buffer:
             topk_weights: RANK_MAJOR [N, K], EXPERT_MAJOR [N], float32 or float64: also brought
                 back, to the choice that each entry served.
             bias: [T, H] of x's dtype, or a pair of them.
-            async_op, previous_event, num_sms: as in dispatch().
+            async_op: as in dispatch().
+            previous_event: as in dispatch().
+            num_sms: as in dispatch().
 
         Raises:
             EPConfigError, EPDeviceError, EPTimeoutError: as in dispatch().

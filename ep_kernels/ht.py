@@ -149,10 +149,12 @@ class HighThroughput:
                 args.bias[index] = one.data_ptr()
             args.pool_x, args.stage_x, staged_x = self._in_pool(rows.x)
             args.pool_topk_weights, args.stage_topk_weights, staged_weights = self._in_pool(weights)
-        out = torch.empty((handle.num_tokens, rows.hidden), dtype=rows.x.dtype)
-        out_weights = (
-            None if weights is None else torch.empty(handle.topk_idx.shape, dtype=weights.dtype)
-        )
+            out = self._backend.allocate((handle.num_tokens, rows.hidden), rows.x.dtype)
+            out_weights = (
+                None
+                if weights is None
+                else self._backend.allocate(tuple(handle.topk_idx.shape), weights.dtype)
+            )
         args.out, args.out_topk_weights = out.data_ptr(), _address(out_weights)
         _order_after(options.previous_event)
         keep = (rows, weights, biases, handle, staged_x, staged_weights, out, out_weights)

@@ -105,12 +105,14 @@ void reduce_tokens(const Transfer& transfer, const HtCombineArgs& args,
 void stage(const Transfer& transfer, const HtCombineArgs& args, const uint8_t* src, uint8_t* dst,
            int64_t row_bytes, int num_groups) {
   const int num_threads = args.sizes.num_threads;
+  const bool is_aligned = row_bytes % 16 == 0;
+  const Stores stores = is_aligned ? choose_stores(args.num_rows * row_bytes) : Stores::kCached;
   transfer.threads.run(num_threads, [&](int thread) {
     const Range part = split_evenly(args.num_rows, thread, num_threads);
     int64_t row = part.begin;
     const auto copy_until = [&](int64_t end) {
       if (end > row)
-        copy_row(dst + row * row_bytes, src + row * row_bytes, (end - row) * row_bytes);
+        copy_row(dst + row * row_bytes, src + row * row_bytes, (end - row) * row_bytes, stores);
     };
     for (int group = 0; group < num_groups; ++group) {
       const int64_t begin = args.routing.own_rows[2 * group];
@@ -120,6 +122,7 @@ void stage(const Transfer& transfer, const HtCombineArgs& args, const uint8_t* s
       row = std::max(row, end);
     }
     copy_until(part.end);
+    finish_stores();
   });
 }
 

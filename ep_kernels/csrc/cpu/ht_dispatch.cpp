@@ -55,7 +55,7 @@ void send_choices(const Transfer& transfer, const HtDispatchArgs& args, const De
 }
 
 void send_token(const Transfer& transfer, const HtDispatchArgs& args,
-                const std::vector<Destination>& to, int64_t token) {
+                const std::vector<Destination>& to, int64_t token, Stores stores) {
   const HtSizes& sizes = args.sizes;
   const bool by_expert = static_cast<Layout>(sizes.layout) == Layout::kExpertMajor;
   const int64_t* choices = args.routing.topk_idx + token * sizes.num_topk;
@@ -66,7 +66,8 @@ void send_token(const Transfer& transfer, const HtDispatchArgs& args,
     if (!by_expert && !is_first_choice_on_rank(placement, choices, k)) continue;
     const int dst = placement.rank_of[choices[k]];
     const int64_t row = rows[k];
-    copy_row(to[dst].x + row * sizes.row_bytes, args.x + token * sizes.row_bytes, sizes.row_bytes);
+    copy_row(to[dst].x + row * sizes.row_bytes, args.x + token * sizes.row_bytes, sizes.row_bytes,
+             stores);
     if (sizes.scale_bytes > 0)
       std::memcpy(to[dst].scales + row * sizes.scale_bytes, args.scales + token * sizes.scale_bytes,
                   sizes.scale_bytes);
@@ -107,10 +108,13 @@ void send_rows(const Transfer& transfer, const HtDispatchArgs& args,
                const std::vector<Offer>& offers) {
   const std::vector<Destination> to = destinations(transfer, offers);
   const int num_threads = args.sizes.num_threads;
+  const Stores stores =
+      choose_stores(args.sizes.num_tokens * args.sizes.num_topk * args.sizes.row_bytes);
   transfer.threads.run(num_threads, [&](int thread) {
     const Range tokens = split_evenly(args.sizes.num_tokens, thread, num_threads);
     for (int64_t token = tokens.begin; token < tokens.end; ++token)
-      send_token(transfer, args, to, token);
+      send_token(transfer, args, to, token, stores);
+    finish_stores();
   });
 }
 
