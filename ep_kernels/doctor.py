@@ -8,7 +8,6 @@ The exit status is 0 when dispatch and combine can run on this machine, on some 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import platform
 import re
@@ -21,10 +20,13 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import torch
+
+from ep_kernels import _native
+from ep_kernels.errors import EPError
 from ep_kernels.version import __version__
 
 PACKAGE_DIR = Path(__file__).resolve().parent
-CPU_LIBRARY = PACKAGE_DIR / "lib" / "libep_cpu.so"
 CUDA_LIBRARY = PACKAGE_DIR / "lib" / "libep_cuda.so"
 NVSHMEM_LIBRARY = PACKAGE_DIR / "lib" / "libep_nvshmem.so"
 
@@ -32,7 +34,7 @@ OK, NOTE, MISSING = "ok", "note", "missing"
 OPTIONAL_PACKAGES = {
     "megatron-core": "training with megatron_ep: pip install 'ep-kernels[megatron]'",
     "pydantic": "training with megatron_ep: pip install 'ep-kernels[megatron]'",
-    "mpi4py": "buffers over MPI communicators, the MPI baseline of the benchmark: pip install mpi4py",
+    "mpi4py": "buffers over MPI communicators, MPI in the benchmark: pip install mpi4py",
     "transformer-engine": "grouped GEMM on GPUs: pip install 'ep-kernels[te]'",
 }
 GIB = 1 << 30
@@ -87,10 +89,7 @@ def versions() -> Iterator[Finding]:
     yield Finding(status=OK, name="ep_kernels", text=f"{__version__} in {PACKAGE_DIR}")
     yield Finding(status=OK, name="Python", text=f"{platform.python_version()} {sys.executable}")
     yield Finding(status=OK, name="system", text=f"{platform.platform()}, {_num_cores()} cores")
-    if (torch_version := _version("torch")) is None:
-        yield Finding(status=MISSING, name="torch", text="not found", hint="pip install torch")
-        return
-    yield Finding(status=OK, name="torch", text=torch_version)
+    yield Finding(status=OK, name="torch", text=torch.__version__)
 
 
 def compiled_parts() -> Iterator[Finding]:
@@ -141,9 +140,8 @@ def shared_memory() -> Iterator[Finding]:
 
 
 def gpus() -> Iterator[Finding]:
-    lines = _output(
-        "nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader"
-    )
+    query = "--query-gpu=name,memory.total,compute_cap"
+    lines = _output("nvidia-smi", query, "--format=csv,noheader")
     if not lines:
         yield Finding(status=NOTE, name="NVIDIA GPUs", text="none seen by nvidia-smi")
     for index, line in enumerate(lines):
@@ -182,17 +180,13 @@ def optional_packages() -> Iterator[Finding]:
 
 def _cpu_core() -> Finding:
     """Loads the library as Buffer does; that also compares its interface with the package's."""
-    if _version("torch") is None and importlib.util.find_spec("torch") is None:
-        return Finding(status=MISSING, name="CPU core", text="needs torch")
-    from ep_kernels import EPError, _native
-
     try:
         library = _native.cpu_library()
     except (EPError, OSError) as error:
         hint = "pip install -e . in the sources; it needs g++ and ninja"
         return Finding(status=MISSING, name="CPU core", text=str(error), hint=hint)
     simd = library.ep_simd_name().decode()
-    return Finding(status=OK, name="CPU core", text=f"{CPU_LIBRARY}, SIMD path {simd}")
+    return Finding(status=OK, name="CPU core", text=f"{_native.CPU_LIBRARY}, SIMD path {simd}")
 
 
 def _cuda_core() -> Finding:
@@ -241,9 +235,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _find_nvcc() -> str | None:
-    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
-    candidates = ["nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
-    return next((found for name in candidates if (found := shutil.which(name))), None)
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 def _output(*command: str) -> list[str]:
