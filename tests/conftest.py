@@ -60,7 +60,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session")
 def rank_server():
-    with RankServer() as server:
+    with RankServer(preload=["pytest", "cases"]) as server:
         yield server
 
 

@@ -138,13 +138,13 @@ class Buffer:
                 checks.check_int("num_sms", num_sms, 1)
             fields = _routing_fields(routing, handle) | _row_fields(x, topk_weights)
         _wait(previous_event)
-        sent = (x, topk_weights, routing)
+        sent = None if refusal.message else (_packed(x), topk_weights, routing)
         xs, weights, routings = zip(*self._exchange("dispatch", fields, refusal.message, sent))
         is_cached = handle is not None
         if handle is None:
             handle = self._new_handle(routings)
         result = spec.dispatch(
-            xs,
+            [_unpacked(x) for x in xs],
             handle.topk_idxs,
             None if topk_weights is None else weights,
             placement=self._placement,
@@ -323,6 +323,15 @@ def _row_fields(x: spec.Rows, topk_weights: torch.Tensor | None) -> dict[str, An
         "scales": None if scales is None else (scales.dtype, scales.shape[1]),
         "topk_weights": None if topk_weights is None else topk_weights.dtype,
     }
+
+
+def _packed(x: spec.Rows) -> spec.Rows:
+    """Rows as they can be pickled: fp8 tensors cannot on every torch."""
+    return (x[0].view(torch.uint8), x[1]) if isinstance(x, tuple) else x
+
+
+def _unpacked(x: spec.Rows) -> spec.Rows:
+    return (x[0].view(torch.float8_e4m3fn), x[1]) if isinstance(x, tuple) else x
 
 
 def _wait(event: Any) -> None:

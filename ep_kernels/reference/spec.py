@@ -249,7 +249,8 @@ def combine(
 
     The sum starts from +0.0, in fp32 (fp64 for fp64), and takes a token's rows by ascending
     destination rank (RANK_MAJOR) or by ascending position in topk_idx (EXPERT_MAJOR), then the
-    bias; it is rounded to the dtype of x once, to nearest even. Which NaN a NaN is, is unspecified.
+    bias; it is rounded to the dtype of x once, to nearest even. Every NaN becomes the canonical
+    quiet NaN (bf16 0x7fc0, fp16 0x7e00, fp32 0x7fc00000).
 
     Example, on rank 0, whose token 0 went to both ranks:
         >>> rows = [recv_rows(topk_idxs, placement, d) for d in range(2)]
@@ -272,7 +273,9 @@ def combine(
     weights = None
     if topk_weights is not None:
         weights = _returned_weights(topk_weights, rows, topk_idx, placement, rank)
-    return CombineResult(x=total.to(dtype), topk_weights=weights, event=Event())
+    # NOTE: torch's own casts turn NaNs into different ones for different tensor sizes.
+    rounded = total.to(dtype).masked_fill_(total.isnan(), float("nan"))
+    return CombineResult(x=rounded, topk_weights=weights, event=Event())
 
 
 def _entries(src_rank: int, is_chosen: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from multiprocessing import reduction
 from multiprocessing.connection import Connection, wait
@@ -57,9 +57,13 @@ class LaunchResult:
 
 
 class RankServer:
-    """Owner of the process that forks ranks. Closing it, or dying, ends all ranks."""
+    """Owner of the process that forks ranks. Closing it, or dying, ends all ranks.
 
-    def __init__(self) -> None:
+    Args:
+        preload: modules, besides torch, to import before forking.
+    """
+
+    def __init__(self, preload: Sequence[str] = ()) -> None:
         ours, theirs = socket.socketpair()
         environment = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
@@ -70,6 +74,7 @@ class RankServer:
                 "import sys; from ep_kernels.testing.rank_server import main; main(sys.argv[1:])",
                 str(theirs.fileno()),
                 str(os.getpid()),
+                *preload,
             ],
             pass_fds=[theirs.fileno()],
             env=environment,

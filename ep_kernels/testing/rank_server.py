@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import gc
+import importlib
 import os
 import pickle
 import signal
@@ -172,12 +173,18 @@ def _kill_all(children: set[int]) -> None:
 
 
 def main(args: list[str]) -> None:
-    """Entry of the server process. Arguments: its end of the request socket, its parent's pid."""
+    """Entry of the server process.
+
+    Args:
+        args: file number of its end of the request socket, its parent's pid, modules to import.
+    """
     die_with_parent(int(args[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
     import torch.distributed
 
+    for module in args[2:]:
+        importlib.import_module(module)
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
