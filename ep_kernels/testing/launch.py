@@ -166,6 +166,7 @@ class Ranks:
             RankError: with the traceback of the rank that failed first, and as its cause the
                 rank's exception. All ranks are killed then.
         """
+        __tracebackhide__ = True  # pytest: what the rank said is what matters
         job = pickle.dumps((sys.path, pickle.dumps((function, args))))
         for connection in self._jobs:
             connection.send_bytes(job)
@@ -178,6 +179,7 @@ class Ranks:
         return values
 
     def _collect(self, values: list[Any], waiting: set[int], deadline_s: float) -> None:
+        __tracebackhide__ = True
         end = time.monotonic() + deadline_s
         failure: RankError | None = None
         cause: BaseException | None = None
