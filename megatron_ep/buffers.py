@@ -1,0 +1,97 @@
+"""The buffers behind the token dispatchers: one per process group, shared by all layers.
+
+configure()       what buffers made from now on are like
+get_buffer()      the buffer of a group, made when first asked for
+reset_buffers()   ends all buffers, before their process groups end
+"""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class BufferOptions:
+    """Options of every buffer that get_buffer() makes; None is ep_kernels' own default.
+
+    Attributes:
+        num_sms: worker threads (CPU) of each transfer.
+        timeout_s: how long a rank waits for a silent peer.
+        pool_bytes: limit of the memory for results on this rank.
+        buffer_class: called as ep_kernels.Buffer is (None: that one), for instance
+            ep_kernels.reference.Buffer.
+    """
+
+    num_sms: int | None = None
+    timeout_s: float | None = None
+    pool_bytes: int | None = None
+    buffer_class: Callable[..., Any] | None = None
+
+
+_options = BufferOptions()
+_buffers: dict[tuple[Any, int, str], Any] = {}
+
+
+def configure(**changes: Any) -> BufferOptions:
+    """Changes the options of buffers that are made from now on; the others stay as they are.
+
+    Args:
+        **changes: fields of BufferOptions.
+
+    Returns:
+        The options before, so that `configure(**vars(before))` restores them.
+
+    Raises:
+        TypeError: an unknown option.
+
+    Example:
+        >>> before = configure(num_sms=4, timeout_s=120.0)
+    """
+    global _options
+    known = [field.name for field in fields(BufferOptions)]
+    for name in changes:
+        if name not in known:
+            raise TypeError(f"unknown option {name!r}; the options are {', '.join(known)}")
+    before, _options = _options, replace(_options, **changes)
+    return before
+
+
+def get_buffer(
+    group: Any,
+    *,
+    num_experts: int,
+    expert_to_rank: torch.Tensor | None,
+    device: torch.device,
+) -> Any:
+    """The buffer of (group, num_experts, device); collective over the group when it is made.
+
+    Args:
+        group: the torch.distributed process group.
+        num_experts: in the whole group.
+        expert_to_rank: [num_experts] int64 or None, see ep_kernels.Buffer; determined by the group
+            and num_experts.
+        device: where rows live.
+    """
+    key = (group, num_experts, str(device))
+    if key not in _buffers:
+        options = {name: value for name, value in vars(_options).items() if value is not None}
+        buffer_class = options.pop("buffer_class", None)
+        if buffer_class is None:
+            from ep_kernels import Buffer as buffer_class
+        _buffers[key] = buffer_class(
+            group, num_experts=num_experts, expert_to_rank=expert_to_rank, device=device, **options
+        )
+    return _buffers[key]
+
+
+@atexit.register
+def reset_buffers() -> None:
+    """Destroys all buffers; the next use of a group makes a new one. Needs no partner."""
+    while _buffers:
+        _, buffer = _buffers.popitem()
+        buffer.destroy()

@@ -1,0 +1,212 @@
+"""Makes Megatron-Core accept moe_token_dispatcher_type="deepep".
+
+Megatron-Core has no registry of token dispatchers: the layer chooses by name, and other places test
+for the names they know. register() wraps each of these places; for any other name a wrapper does
+what the original does.
+
+    place                             with "deepep"
+    TransformerConfig, annotation     one more choice of --moe-token-dispatcher-type
+    TransformerConfig.__post_init__   checked as "alltoall", with which it shares all features
+    MoELayer.__init__                 built as "alltoall", with our class in place of Megatron's
+    TransformerLayer.__init__         layernorm recompute beside a CUDA graph of dispatch_preprocess
+    should_free_input                 1F1B overlap keeps the rows that the experts save
+
+Written for Megatron-Core 0.16.1 and its successors up to 0.20.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from megatron_ep.token_dispatcher import DeepEPTokenDispatcher, graphed_parts
+
+NAME = "deepep"
+
+_STAND_IN = "alltoall"
+
+_SCHEDULE_MODULES = (
+    "megatron.core.models.common.utils",  # 0.20
+    "megatron.core.models.gpt.fine_grained_callables",  # 0.16.1
+)
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """One attribute that register() has replaced."""
+
+    owner: Any
+    attribute: str
+    original: Any
+    replacement: Any
+
+    def apply(self) -> None:
+        setattr(self.owner, self.attribute, self.replacement)
+
+    def check(self) -> None:
+        if getattr(self.owner, self.attribute) is not self.replacement:
+            raise RuntimeError(
+                f"{self.owner!r}.{self.attribute} was replaced after megatron_ep.register(); "
+                "undo that first"
+            )
+
+    def undo(self) -> None:
+        setattr(self.owner, self.attribute, self.original)
+
+
+_applied: list[_Patch] = []
+
+
+def register() -> None:
+    """Makes the name "deepep" known to Megatron-Core in this process; idempotent.
+
+    To be called before a TransformerConfig with that name is made, and before Megatron-LM parses
+    its command line.
+
+    Raises:
+        ImportError: megatron-core is not installed.
+        RuntimeError: this version of Megatron-Core has no should_free_input where it is known.
+
+    Example:
+        >>> import megatron_ep
+        >>> megatron_ep.register()
+        >>> config = TransformerConfig(..., moe_token_dispatcher_type="deepep")
+    """
+    if _applied:
+        return
+    patches = _find_patches()
+    for patch in patches:
+        patch.apply()
+    _applied.extend(patches)
+
+
+def unregister() -> None:
+    """Undoes register(); models that exist keep their dispatcher. Idempotent.
+
+    Raises:
+        RuntimeError: somebody has replaced one of the same attributes since; nothing is undone.
+    """
+    for patch in _applied:
+        patch.check()
+    while _applied:
+        _applied.pop().undo()
+
+
+def _find_patches() -> list[_Patch]:
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    field = TransformerConfig.__dataclass_fields__["moe_token_dispatcher_type"]
+    return [
+        _Patch(field, "type", field.type, Literal.__getitem__((*get_args(field.type), NAME))),
+        _wrap(TransformerConfig, "__post_init__", _check_config),
+        _wrap(MoELayer, "__init__", _build_moe_layer),
+        _wrap(TransformerLayer, "__init__", _build_transformer_layer),
+        _wrap(_schedule_module(), "should_free_input", _should_free_input),
+    ]
+
+
+def _schedule_module() -> Any:
+    """Where the 1F1B schedule asks which inputs of its nodes it may free."""
+    for name in _SCHEDULE_MODULES:
+        with contextlib.suppress(ModuleNotFoundError):
+            module = importlib.import_module(name)
+            if hasattr(module, "should_free_input"):
+                return module
+    raise RuntimeError(f"megatron-core: no should_free_input in {' or '.join(_SCHEDULE_MODULES)}")
+
+
+def _wrap(owner: Any, attribute: str, wrapper: Callable[..., Any]) -> _Patch:
+    """A patch that calls `wrapper(original, *args)` instead of `original(*args)`."""
+    original = getattr(owner, attribute)
+
+    @functools.wraps(original)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    return _Patch(owner, attribute, original, replacement)
+
+
+@contextlib.contextmanager
+def _standing_in(config: Any) -> Iterator[None]:
+    """The config names the stand-in inside of the block."""
+    config.moe_token_dispatcher_type = _STAND_IN
+    try:
+        yield
+    finally:
+        config.moe_token_dispatcher_type = NAME
+
+
+def _check_config(original: Callable[..., None], config: Any) -> None:
+    """Of TransformerConfig.__post_init__: shared-expert overlap, 1F1B overlap, padding for
+    quantisation and variable sequence lengths are accepted for names that Megatron knows.
+    """
+    if config.moe_token_dispatcher_type != NAME:
+        return original(config)
+    with _standing_in(config):
+        return original(config)
+
+
+def _build_moe_layer(
+    original: Callable[..., None], layer: Any, config: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Of MoELayer.__init__: builds the stand-in's layer, with our dispatcher."""
+    if config.moe_token_dispatcher_type != NAME:
+        return original(layer, config, *args, **kwargs)
+    from megatron.core.transformer.moe import moe_layer
+
+    stand_in = moe_layer.MoEAlltoAllTokenDispatcher
+    moe_layer.MoEAlltoAllTokenDispatcher = DeepEPTokenDispatcher
+    try:
+        with _standing_in(config):
+            return original(layer, config, *args, **kwargs)
+    finally:
+        moe_layer.MoEAlltoAllTokenDispatcher = stand_in
+
+
+def _build_transformer_layer(
+    original: Callable[..., None], layer: Any, config: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Of TransformerLayer.__init__: the layernorm before the MoE layer can be recomputed although
+    a CUDA graph covers router and dispatch_preprocess, if that returns no view of its input.
+    """
+    original(layer, config, *args, **kwargs)
+    if config.moe_token_dispatcher_type == NAME and _can_recompute_layernorm(layer):
+        layer.recompute_pre_mlp_layernorm = True
+        if config.fp8 or config.fp4:
+            layer.mlp.set_for_recompute_pre_mlp_layernorm()
+
+
+def _can_recompute_layernorm(layer: Any) -> bool:
+    """Whether the layer was refused layernorm recompute for the name of its dispatcher only."""
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    config = layer.config
+    return (
+        layer.is_moe_layer
+        and not layer.recompute_pre_mlp_layernorm
+        and config.recompute_granularity == "selective"
+        and "layernorm" in config.recompute_modules
+        and not isinstance(layer.pre_mlp_layernorm, IdentityOp)
+        and {"moe_router", "moe_preprocess"} <= set(graphed_parts(config))
+        and not (
+            config.moe_shared_expert_intermediate_size is not None
+            and config.moe_shared_expert_overlap
+        )
+    )
+
+
+def _should_free_input(
+    original: Callable[..., bool], name: str, is_moe: bool, config: Any, *args: Any, **kwargs: Any
+) -> bool:
+    """Of the 1F1B schedule: the rows that dispatch delivers go to the experts as they are, and
+    experts save them for their backward.
+    """
+    if config.moe_token_dispatcher_type == NAME and name == "mlp":
+        return False
+    return original(name, is_moe, config, *args, **kwargs)

@@ -1,0 +1,288 @@
+"""Megatron-Core's token dispatcher on top of ep_kernels.
+
+    method                hidden                      probs            what happens
+    dispatch_preprocess   [S/TP, B, H] -> [T, H]      [T, E] -> [T, K] routing map -> topk_idx
+    token_dispatch        [T, H] -> [N, H]            [T, K] -> [N]    rows travel
+    dispatch_postprocess  [N, H]                      [N]              adds tokens per expert
+    combine_preprocess    [N, H]                                       nothing
+    token_combine         [N, H] -> [T, H]                             rows return and are summed
+    combine_postprocess   [T, H] -> [S/TP, B, H]                       shared experts are added
+
+Rows arrive grouped by expert, so that nothing has to be permuted on either side. The experts
+multiply by the probabilities; combine is a plain sum, by ascending expert.
+
+Symbols:
+    T  tokens on this rank, S/TP * B     E  experts of the model
+    K  most experts that a token of this rank has; ranks may differ in it
+    N  rows on this rank                 L  experts on this rank
+    expert_tp  ranks that share each expert (expert tensor parallel size)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+
+from ep_kernels import Layout
+from megatron_ep.autograd import combine, dispatch
+from megatron_ep.buffers import get_buffer
+
+
+class DeepEPTokenDispatcher(MoETokenDispatcher):
+    """Sends tokens to their experts through the buffer of the expert (tensor x model) group.
+
+    Any routing map is honoured as it is: a token may have any number of experts, and a probability
+    of zero does not unselect one. So capacity limits, token dropping and padding to capacity, which
+    the router does, need nothing here.
+
+    With expert tensor parallelism, expert e is held in slices by `expert_tp` ranks, which all need
+    its tokens and whose outputs add up. It is treated as that many experts,
+    e * expert_tp + slice, each with one rank.
+
+    A dispatcher belongs to a layer. Forwards of a layer follow one another, as Megatron makes them;
+    between a forward and its backward any number of others may run.
+
+    Args:
+        num_local_experts: L.
+        local_expert_indices: [L] global indices of this rank's experts, consecutive.
+        config: of the layer.
+        pg_collection: process groups; ep, expt_tp and tp_ep are used.
+
+    Raises:
+        ValueError: experts or ranks are not in the order that Megatron-Core gives them.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        local_expert_indices: list[int],
+        config: Any,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.num_local_experts = num_local_experts
+        self.local_expert_indices = local_expert_indices
+        self.num_experts: int = config.num_moe_experts
+        self.expert_alignment = 1
+        if config.moe_router_padding_for_quantization:
+            self.expert_alignment = max(1, get_align_size_for_quantization(config))
+        self._check_placement()
+        self._num_topk = self._num_topk_of_graph()
+        self.cudagraph_attrs = ["topk_idx"]
+        # Between the calls of one forward; nothing that carries gradients:
+        self.topk_idx: torch.Tensor | None = None
+        self._hidden_shape: Any = None
+        self._probs_dtype: Any = None
+        self._tokens_per_expert: Any = None
+        self._handle: Any = None
+        self._event: Any = None
+
+    def _check_placement(self) -> None:
+        """Local experts are block `ep_rank`; group ranks count expert_tp first, then ep."""
+        ep_rank, num_local = self.ep_group.rank(), self.num_local_experts
+        expected = list(range(ep_rank * num_local, (ep_rank + 1) * num_local))
+        if list(self.local_expert_indices) != expected:
+            raise ValueError(
+                f"local_expert_indices={self.local_expert_indices} on expert parallel rank "
+                f"{ep_rank}: expected {expected}"
+            )
+        group_rank = self.tp_ep_group.rank()
+        if group_rank != ep_rank * self.tp_size + self.tp_rank:
+            raise ValueError(
+                f"rank {group_rank} of the expert tensor and model parallel group has expert "
+                f"parallel rank {ep_rank} and expert tensor parallel rank {self.tp_rank} of "
+                f"{self.tp_size}: expert parallelism must be the outer dimension"
+            )
+
+    def _num_topk_of_graph(self) -> int | None:
+        """K if dispatch_preprocess becomes part of a CUDA graph, where no count can be read."""
+        config = self.config
+        if config.cuda_graph_impl == "none":
+            return None
+        parts = graphed_parts(config)
+        if not parts or "moe" in parts or "full_iteration" in parts:
+            raise ValueError(
+                f"CUDA graphs of {parts or 'whole layers'} would capture the token dispatcher "
+                "deepep, which reads counts on the host; capture at most moe_router and "
+                "moe_preprocess of the MoE layer"
+            )
+        if "moe_preprocess" not in parts:
+            return None
+        if config.moe_pad_expert_input_to_capacity:
+            return self.num_experts
+        return min(config.moe_router_topk, self.num_experts)
+
+    def set_shared_experts(self, shared_experts: Any) -> None:
+        """Has the shared experts computed while tokens travel."""
+        super().set_shared_experts(shared_experts)
+        if shared_experts.use_shared_expert_gate:
+            self.cudagraph_attrs.append("shared_experts.gate_score")
+        self.cudagraph_attrs.append("shared_experts.cached_fc1_input")
+
+    def dispatch_preprocess(
+        self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Brings the routing into the form of ep_kernels.
+
+        Args:
+            hidden_states: [S/TP, B, H].
+            routing_map: [T, E] bool.
+            probs: [T, E], entries outside of the map are ignored.
+
+        Returns:
+            [T, H] tokens and [T, K] probabilities (fp32 or fp64). Both own their memory: the 1F1B
+            schedule frees them after token_dispatch.
+        """
+        self._hidden_shape, self._probs_dtype = hidden_states.shape, probs.dtype
+        if self.shared_experts is not None:
+            self.shared_experts.pre_forward_comm(hidden_states)
+        topk_idx = to_topk_idx(routing_map, num_topk=self._num_topk)
+        topk_weights = probs.gather(1, topk_idx.clamp(min=0))
+        if probs.dtype != torch.float64:
+            topk_weights = topk_weights.float()
+        if self.tp_size > 1:
+            topk_idx, topk_weights = slice_experts(topk_idx, topk_weights, self.tp_size)
+        self.topk_idx = topk_idx
+        return hidden_states.reshape(-1, hidden_states.shape[-1]).clone(), topk_weights
+
+    def token_dispatch(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sends the tokens and probabilities to the experts.
+
+        Returns:
+            [N, H] rows grouped by local expert and [N] probabilities.
+        """
+        sent: Any = dispatch(
+            self._buffer(hidden_states.device),
+            hidden_states,
+            self.topk_idx,
+            probs,
+            layout=Layout.EXPERT_MAJOR,
+            expert_alignment=self.expert_alignment,
+            async_op=self.shared_experts is not None,
+        )
+        self.topk_idx = None
+        self._handle, self._event = sent.handle, sent.event
+        self._tokens_per_expert = sent.num_recv_tokens_per_expert
+        if self.expert_alignment > 1:
+            self._tokens_per_expert = sent.expert_offsets.diff()
+        return sent.recv_x, sent.recv_topk_weights
+
+    def dispatch_postprocess(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hands the experts their rows, [L] int64 counts on the CPU, and probabilities.
+
+        With padding for quantisation, the padding rows (zeros) are counted.
+        """
+        if self.shared_experts is not None:
+            self.shared_experts.linear_fc1_forward_and_act(hidden_states)
+            self._event.current_stream_wait()
+        tokens_per_expert, self._tokens_per_expert = self._tokens_per_expert, None
+        return hidden_states, tokens_per_expert, probs.to(self._probs_dtype)
+
+    def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Nothing to do: rows go back from where the experts left them."""
+        return hidden_states
+
+    def token_combine(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Sends the experts' rows back: [N, H] -> [T, H], summed per token."""
+        combined = combine(
+            self._buffer(hidden_states.device),
+            hidden_states.contiguous(),
+            self._handle,
+            async_op=self.shared_experts is not None,
+        )
+        self._handle, self._event = None, combined.event
+        return combined.x
+
+    def combine_postprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Restores the shape and adds the output of overlapped shared experts."""
+        if self.shared_experts is not None:
+            self.shared_experts.linear_fc2_forward(hidden_states)
+            self.shared_experts.post_forward_comm()
+        self._event.current_stream_wait()
+        self._event = None
+        output = hidden_states.view(self._hidden_shape)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts.get_output()
+        return output
+
+    def _buffer(self, device: torch.device) -> Any:
+        num_slices = self.num_experts * self.tp_size
+        expert_to_rank = None
+        if self.tp_size > 1:
+            expert_to_rank = place_slices(
+                num_experts=self.num_experts, expert_tp=self.tp_size, ep_size=self.ep_size
+            )
+        return get_buffer(
+            self.tp_ep_group, num_experts=num_slices, expert_to_rank=expert_to_rank, device=device
+        )
+
+
+def graphed_parts(config: Any) -> list[str]:
+    """Names of the parts of a layer that become CUDA graphs; none: the whole layer.
+
+    Megatron-Core calls the list cuda_graph_scope up to 0.16 and cuda_graph_modules later.
+    """
+    parts = getattr(config, "cuda_graph_modules", None) or getattr(config, "cuda_graph_scope", None)
+    return [part.name for part in parts or []]
+
+
+def to_topk_idx(routing_map: torch.Tensor, *, num_topk: int | None = None) -> torch.Tensor:
+    """Lists the experts of each token.
+
+    Args:
+        routing_map: [T, E] bool.
+        num_topk: K, at least the number of experts of every token; None counts them, which a CUDA
+            graph cannot.
+
+    Returns:
+        [T, K] int64: ascending experts, then -1. K is the most experts of any token, at least 1.
+
+    Example:
+        >>> to_topk_idx(torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0]]).bool())
+        tensor([[ 1,  3],
+                [-1, -1],
+                [ 2, -1]])
+    """
+    num_tokens, num_experts = routing_map.shape
+    ordinal = routing_map.cumsum(dim=1)
+    if num_topk is None:
+        num_topk = max(1, int(ordinal[:, -1].max())) if num_tokens else 1
+    experts = torch.arange(num_experts, device=routing_map.device).expand(num_tokens, -1)
+    # One column more takes what is not chosen.
+    column = torch.where(routing_map, ordinal - 1, num_topk)
+    topk_idx = torch.full((num_tokens, num_topk + 1), -1, device=routing_map.device)
+    return topk_idx.scatter_(1, column, experts)[:, :num_topk].contiguous()
+
+
+def slice_experts(
+    topk_idx: torch.Tensor, topk_weights: torch.Tensor, expert_tp: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replaces each choice by one choice per slice of the expert: [T, K] -> [T, K * expert_tp].
+
+    Example:
+        >>> slice_experts(torch.tensor([[1, -1]]), torch.tensor([[0.5, 0.0]]), 2)[0]
+        tensor([[ 2,  3, -1, -1]])
+    """
+    slices = torch.arange(expert_tp, device=topk_idx.device)
+    sliced = topk_idx.unsqueeze(-1) * expert_tp + slices
+    sliced = sliced.where(topk_idx.unsqueeze(-1) >= 0, -1)
+    return sliced.flatten(1), topk_weights.repeat_interleave(expert_tp, dim=1)
+
+
+def place_slices(*, num_experts: int, expert_tp: int, ep_size: int) -> torch.Tensor:
+    """Rank of each slice e * expert_tp + s in the group, where ranks count slices first.
+
+    Example:
+        >>> place_slices(num_experts=4, expert_tp=2, ep_size=2)
+        tensor([0, 1, 0, 1, 2, 3, 2, 3])
+    """
+    expert = torch.arange(num_experts).unsqueeze(1)
+    ep_rank = expert // (num_experts // ep_size)
+    return (ep_rank * expert_tp + torch.arange(expert_tp)).flatten()
