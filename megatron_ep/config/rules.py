@@ -1,0 +1,132 @@
+"""Rules between settings, as messages; what one field alone must satisfy is in the schema."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_ep.config.schema import Config
+
+
+def check_rules(config: Config) -> list[str]:
+    """What is wrong with the combination of settings."""
+    return [*_model_rules(config), *_moe_rules(config), *_training_rules(config)]
+
+
+def check_world_size(config: Config, world_size: int) -> list[str]:
+    """What is wrong with the parallel sizes for this number of ranks."""
+    sizes = config.parallelism
+    problems = []
+    dense = (
+        sizes.tensor_model_parallel_size
+        * sizes.pipeline_model_parallel_size
+        * sizes.context_parallel_size
+    )
+    expert = (
+        (sizes.expert_tensor_parallel_size or 1)
+        * sizes.expert_model_parallel_size
+        * sizes.pipeline_model_parallel_size
+    )
+    if world_size % dense:
+        problems.append(
+            f"{world_size} ranks are not divisible by tensor * pipeline * context parallel size "
+            f"= {dense}"
+        )
+    if world_size % expert:
+        problems.append(
+            f"{world_size} ranks are not divisible by expert tensor * expert * pipeline parallel "
+            f"size = {expert}"
+        )
+    if not problems and config.training.global_batch_size is not None:
+        per_pass = config.training.micro_batch_size * (world_size // dense)
+        if config.training.global_batch_size % per_pass:
+            problems.append(
+                f"training.global_batch_size = {config.training.global_batch_size} is not "
+                f"divisible by micro_batch_size * data parallel size = {per_pass}"
+            )
+    return problems
+
+
+def _model_rules(config: Config) -> Iterator[str]:
+    model, sizes = config.model, config.parallelism
+    if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
+        yield (
+            f"model.hidden_size = {model.hidden_size} is not divisible by num_attention_heads = "
+            f"{model.num_attention_heads}"
+        )
+    groups = model.num_query_groups or model.num_attention_heads
+    if model.num_attention_heads % groups:
+        yield (
+            f"model.num_attention_heads = {model.num_attention_heads} is not divisible by "
+            f"num_query_groups = {groups}"
+        )
+    stages = sizes.pipeline_model_parallel_size * (sizes.virtual_pipeline_model_parallel_size or 1)
+    uneven = {"num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"}
+    uneven |= {"pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split"}
+    if model.num_layers % stages and not uneven & set(config.transformer):
+        yield f"model.num_layers = {model.num_layers} is not divisible by {stages} stages"
+    if sizes.virtual_pipeline_model_parallel_size and sizes.pipeline_model_parallel_size == 1:
+        yield "parallelism.virtual_pipeline_model_parallel_size needs pipeline stages"
+    if (model.max_position_embeddings or model.seq_length) < model.seq_length:
+        yield (
+            f"model.max_position_embeddings = {model.max_position_embeddings} is less than "
+            f"seq_length = {model.seq_length}"
+        )
+    if model.seq_length % sizes.tensor_model_parallel_size:
+        yield (
+            f"model.seq_length = {model.seq_length} is not divisible by "
+            f"tensor_model_parallel_size = {sizes.tensor_model_parallel_size}"
+        )
+
+
+def _moe_rules(config: Config) -> Iterator[str]:
+    moe, sizes = config.moe, config.parallelism
+    if moe.num_experts is None:
+        if sizes.expert_model_parallel_size > 1:
+            yield "parallelism.expert_model_parallel_size > 1 needs moe.num_experts"
+        return
+    if moe.moe_router_topk > moe.num_experts:
+        yield (
+            f"moe.moe_router_topk = {moe.moe_router_topk} is more than num_experts = "
+            f"{moe.num_experts}"
+        )
+    if moe.num_experts % sizes.expert_model_parallel_size:
+        yield (
+            f"moe.num_experts = {moe.num_experts} is not divisible by "
+            f"parallelism.expert_model_parallel_size = {sizes.expert_model_parallel_size}"
+        )
+    if moe.moe_router_num_groups and moe.num_experts % moe.moe_router_num_groups:
+        yield (
+            f"moe.num_experts = {moe.num_experts} is not divisible by moe_router_num_groups = "
+            f"{moe.moe_router_num_groups}"
+        )
+    if isinstance(moe.moe_layer_freq, list) and len(moe.moe_layer_freq) != config.model.num_layers:
+        yield (
+            f"moe.moe_layer_freq has {len(moe.moe_layer_freq)} entries for "
+            f"{config.model.num_layers} layers"
+        )
+    if sizes.tensor_model_parallel_size > 1 and sizes.sequence_parallel is False:
+        yield "parallelism.sequence_parallel must be on for experts with tensor parallelism"
+
+
+def _training_rules(config: Config) -> Iterator[str]:
+    schedule, optimizer = config.lr_schedule, config.optimizer
+    decay_iters = schedule.lr_decay_iters or config.training.train_iters
+    if schedule.lr_warmup_iters >= decay_iters:
+        yield (
+            f"lr_schedule.lr_warmup_iters = {schedule.lr_warmup_iters} is not less than "
+            f"lr_decay_iters = {decay_iters}"
+        )
+    if schedule.lr_decay_style == "WSD" and schedule.lr_wsd_decay_iters is None:
+        yield "lr_schedule.lr_decay_style = 'WSD' needs lr_wsd_decay_iters"
+    if optimizer.min_lr > optimizer.lr:
+        yield f"optimizer.min_lr = {optimizer.min_lr} is more than lr = {optimizer.lr}"
+    if config.parallelism.overlap_param_gather:
+        if not config.parallelism.use_distributed_optimizer:
+            yield "parallelism.overlap_param_gather needs use_distributed_optimizer"
+        if not config.parallelism.overlap_grad_reduce:
+            yield "parallelism.overlap_param_gather needs overlap_grad_reduce"
+    is_huggingface = config.tokenizer.tokenizer_type == "huggingface"
+    if is_huggingface and config.tokenizer.tokenizer_model is None:
+        yield "tokenizer.tokenizer_type = 'huggingface' needs tokenizer_model"
+    if config.checkpoint.save_interval and config.checkpoint.save is None:
+        yield "checkpoint.save_interval needs checkpoint.save"
