@@ -1,0 +1,7 @@
+"""`python -m ep_kernels.bench`."""
+
+import sys
+
+from ep_kernels.bench.cli import main
+
+sys.exit(main())

@@ -1,0 +1,85 @@
+"""Starts the ranks of a benchmark on this machine, and ends them whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+from ep_kernels.bench.worker import Job
+
+POLL_S = 0.1
+
+# glibc gives large blocks back to the system and takes them anew, page by page, on every call.
+# Keeping them makes the baselines faster, and is what a caching allocator does elsewhere.
+MALLOC_SETTINGS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+
+
+class LaunchError(Exception):
+    """The ranks did not finish; their output says why."""
+
+
+def why_no_mpi() -> str:
+    """What the MPI baseline lacks on this machine, or ""."""
+    if shutil.which("mpirun") is None:
+        return "mpirun was not found; on Debian and Ubuntu: apt-get install openmpi-bin"
+    if importlib.util.find_spec("mpi4py") is None:
+        return "mpi4py is not installed: pip install mpi4py"
+    return ""
+
+
+def run_ranks(job: Job, *, timeout_s: float) -> dict[str, Any]:
+    """Runs the job on R new processes and returns what rank 0 wrote.
+
+    Raises:
+        LaunchError: a rank failed, or the time is over.
+    """
+    environment = os.environ | MALLOC_SETTINGS
+    environment["OMP_NUM_THREADS"] = str(job.workload.num_threads)
+    # start_new_session: one signal reaches mpirun and all that it started.
+    processes = [
+        subprocess.Popen(command, env=environment, start_new_session=True)
+        for command in _commands(job)
+    ]
+    try:
+        _wait(processes, timeout_s)
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    results: dict[str, Any] = json.loads(job.results_file.read_text())
+    return results
+
+
+def _commands(job: Job) -> list[list[str]]:
+    """mpirun, or one command per rank."""
+    worker = [sys.executable, "-m", "ep_kernels.bench.worker", job.to_json()]
+    num_ranks = job.workload.num_ranks
+    if "mpi" not in job.contenders:
+        return [[*worker, str(rank)] for rank in range(num_ranks)]
+    command = ["mpirun", "-n", str(num_ranks)]
+    version = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, check=False)
+    if "Open MPI" in version.stdout:
+        command += ["--bind-to", "none"]
+        command += ["--allow-run-as-root"] if os.geteuid() == 0 else []
+        # Also makes waiting ranks give way to others, so only where they share cores.
+        command += ["--oversubscribe"] if num_ranks > len(os.sched_getaffinity(0)) else []
+    return [[*command, *worker]]
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
+    while any(codes := [process.poll() for process in processes]) or None in codes:
+        if failed := [code for code in codes if code]:
+            raise LaunchError(f"a rank ended with exit code {failed[0]}, see above")
+        if time.monotonic() > end:
+            raise LaunchError(f"not finished within {timeout_s:g} s (--timeout)")
+        time.sleep(POLL_S)

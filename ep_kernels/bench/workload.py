@@ -1,0 +1,121 @@
+"""Sizes, inputs, and the bytes that an operation has to move."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ep_kernels.testing.routing import make_routing
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+DISPATCH = {"rank_major": "dispatch rank-major", "expert_major": "dispatch expert-major"}
+COMBINE = {"rank_major": "combine rank-major", "expert_major": "combine expert-major"}
+LAYER = "layer"
+MEMCPY = "memcpy"
+
+MIN_MEMCPY_BYTES = 2 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What every rank does; the same on all of them.
+
+    Attributes:
+        num_ranks: R.
+        num_tokens: T, on each rank.
+        hidden: H.
+        num_topk: K.
+        num_experts: E, in linear blocks of E / R.
+        dtype: a key of DTYPES.
+        routing: a key of `ep_kernels.testing.routing.ROUTING_KINDS`.
+        layouts: which of "rank_major", "expert_major" dispatch and combine are timed in.
+        num_threads: threads of each rank.
+        seed: of inputs and routing.
+    """
+
+    num_ranks: int
+    num_tokens: int
+    hidden: int
+    num_topk: int
+    num_experts: int
+    dtype: str
+    routing: str
+    layouts: tuple[str, ...]
+    num_threads: int
+    seed: int
+
+    @property
+    def num_local_experts(self) -> int:
+        return self.num_experts // self.num_ranks
+
+    @property
+    def row_bytes(self) -> int:
+        return self.hidden * DTYPES[self.dtype].itemsize
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """Operations in the order in which they are timed: combine takes what dispatch left."""
+        pairs = [op for layout in self.layouts for op in (DISPATCH[layout], COMBINE[layout])]
+        return (*pairs, LAYER)
+
+    def describe(self) -> str:
+        return (
+            f"{self.num_ranks} ranks x {self.num_threads} threads, each with {self.num_tokens} "
+            f"tokens of hidden {self.hidden} {self.dtype}, top-{self.num_topk} of "
+            f"{self.num_experts} experts, {self.routing} routing"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """One rank's tokens: x [T, H], topk_idx [T, K] int64, topk_weights [T, K] fp32."""
+
+    x: torch.Tensor
+    topk_idx: torch.Tensor
+    topk_weights: torch.Tensor
+
+
+def make_inputs(workload: Workload, rank: int) -> Inputs:
+    """The tokens of a rank; different on every rank."""
+    seed = workload.seed * 1000 + rank
+    topk_idx, topk_weights = make_routing(
+        workload.routing,
+        workload.num_tokens,
+        workload.num_topk,
+        workload.num_experts,
+        seed=seed,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(workload.num_tokens, workload.hidden, generator=generator)
+    return Inputs(x=x.to(DTYPES[workload.dtype]), topk_idx=topk_idx, topk_weights=topk_weights)
+
+
+def bytes_to_move(workload: Workload, topk_idx: torch.Tensor) -> dict[str, int]:
+    """Bytes of rows that each operation must read and write for the tokens of one rank.
+
+    Dispatch reads a token once and writes a row per destination; combine reads those rows and
+    writes a token. Counts, indices and weights are left out.
+
+    Example: 1 token for experts 0, 1 (rank 0) and 2 (rank 1), rows of 4 bytes. Rank-major: 1 read
+    + 2 written = 12 bytes. Expert-major: 1 read + 3 written = 16 bytes.
+    """
+    chosen_rank = torch.where(topk_idx >= 0, topk_idx // workload.num_local_experts, -1)
+    is_sent = torch.stack([(chosen_rank == rank).any(1) for rank in range(workload.num_ranks)])
+    num_rows = {"rank_major": int(is_sent.sum()), "expert_major": int((topk_idx >= 0).sum())}
+    num_sent_tokens, num_tokens = int(is_sent.any(0).sum()), topk_idx.shape[0]
+    num_moved = {}
+    for layout, rows in num_rows.items():
+        num_moved[DISPATCH[layout]] = num_sent_tokens + rows
+        num_moved[COMBINE[layout]] = rows + num_tokens
+    num_moved[LAYER] = num_moved[DISPATCH["expert_major"]] + num_moved[COMBINE["expert_major"]]
+    num_bytes = {op: rows * workload.row_bytes for op, rows in num_moved.items()}
+    # As much as a dispatch, so that caches help the copies no more and no less.
+    num_bytes[MEMCPY] = max(MIN_MEMCPY_BYTES, num_bytes[DISPATCH["expert_major"]])
+    return num_bytes
