@@ -123,10 +123,9 @@ class World:
         ys = []
         for dst, rows in enumerate(self.rows):
             num_rows = len(rows.src_rank)
-            y = spread_values(num_rows, case.hidden, seed=case.seed + 100 * seed + 50 + dst)
-            ys.append(
-                y.masked_fill(rows.src_rank[:, None] < 0, float("nan")).to(case.combine_dtype)
-            )
+            y_seed = case.seed + 100 * seed + 50 + dst
+            y = spread_values(num_rows, case.hidden, dtype=case.combine_dtype, seed=y_seed)
+            ys.append(y.masked_fill(rows.src_rank[:, None] < 0, float("nan")))
         return ys
 
     def recv_weights(self, dst):
@@ -145,8 +144,9 @@ class World:
             spread_values(
                 len(self.topk_idxs[self.rank]),
                 case.hidden,
+                dtype=case.combine_dtype,
                 seed=case.seed + 100 * seed + 80 + 10 * i + self.rank,
-            ).to(case.combine_dtype)
+            )
             for i in range(case.num_biases)
         ]
         return {0: None, 1: biases[0] if biases else None, 2: tuple(biases)}[case.num_biases]
@@ -193,12 +193,18 @@ def random_rows(num_tokens, hidden, dtype, *, seed):
     return x, random_bytes(-(-hidden // 128), scale_dtype)
 
 
-def spread_values(num_rows, hidden, *, seed):
-    """fp32 of many magnitudes, so that every order of addition has its own bits; some are -0.0."""
+def spread_values(num_rows, hidden, *, dtype, seed):
+    """Rows whose sums tell the order of addition, also after rounding to `dtype`.
+
+    Of many magnitudes; a quarter of the elements is +big or -big, which swallows what was added
+    before and often cancels; some elements are -0.0.
+    """
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(num_rows, hidden, generator=generator)
-    exponents = torch.randint(-6, 7, (num_rows, 1), generator=generator)
-    return torch.ldexp(values, exponents).masked_fill(values.abs() < 0.01, -0.0)
+    values = torch.randn(num_rows, hidden, generator=generator, dtype=torch.float64)
+    exponents = torch.randint(-6, 4, (num_rows, 1), generator=generator)
+    big = 2.0**15 if dtype == torch.float16 else 2.0**25
+    values = torch.where(values.abs() > 1.15, values.sign() * big, torch.ldexp(values, exponents))
+    return values.masked_fill(values.abs() < 0.001, -0.0).to(dtype)
 
 
 def make_buffer(backend, *, group=None, case=None, **options):

@@ -171,7 +171,7 @@ def on_rank_chain(rank, backend, case):
     """dispatch -> combine of its rows -> dispatch of the sums, chained by events only."""
     world = World(case, rank)
     xs = [
-        cases.spread_values(len(idx), case.hidden, seed=src)
+        cases.spread_values(len(idx), case.hidden, dtype=case.combine_dtype, seed=src)
         for src, idx in enumerate(world.topk_idxs)
     ]
     recv = [

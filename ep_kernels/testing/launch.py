@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_kernels.testing.leaks import LeakCheck
-from ep_kernels.testing.rank_server import RankSpec
+from ep_kernels.testing.rank_server import END_PYTHON, LEAVE, RankSpec
 
 GRACE_S = 1.0
 """After a first failure the other ranks have this long to answer before they are killed."""
@@ -254,8 +254,13 @@ class Ranks:
             self._jobs[rank].close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def close(self, *, lost: Collection[int] = ()) -> list[int | None]:
-        """Lets all ranks leave through the end of the interpreter; kills the lost ones.
+    def close(self, *, lost: Collection[int] = (), end_python: bool = False) -> list[int | None]:
+        """Lets all ranks leave; kills the lost ones.
+
+        Args:
+            lost: ranks that cannot leave by themselves.
+            end_python: leave through the end of the interpreter; otherwise straight after the
+                exit handlers, which is faster.
 
         Returns:
             The exit codes.
@@ -271,7 +276,7 @@ class Ranks:
                 self._signal(rank, signal.SIGKILL)
             else:
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    connection.send_bytes(b"")
+                    connection.send_bytes(END_PYTHON if end_python else LEAVE)
         for rank in range(self.num_ranks):
             self._exit_code(rank, EXIT_S)
         bad = [
@@ -318,6 +323,7 @@ def launch(
     deadline_s: float = 60.0,
     lost: Collection[int] = (),
     process_group: bool = True,
+    end_python: bool = False,
 ) -> LaunchResult:
     """Runs `function(rank, *args)` on fresh ranks and checks that nothing of them is left.
 
@@ -329,6 +335,7 @@ def launch(
         deadline_s: all ranks have to answer within this time.
         lost: ranks that the function kills or stops.
         process_group: False to start without a default process group.
+        end_python: as in Ranks.close().
 
     Raises:
         RankError: a rank that is not lost failed, did not answer in time, or left with an error;
@@ -337,7 +344,7 @@ def launch(
     ranks = Ranks(server, num_ranks, process_group=process_group)
     try:
         values = ranks.run(function, *args, deadline_s=deadline_s, lost=lost)
-        return LaunchResult(values, ranks.close(lost=lost))
+        return LaunchResult(values, ranks.close(lost=lost, end_python=end_python))
     finally:
         ranks.kill()
 

@@ -1,0 +1,479 @@
+"""Bad input raises before anything is sent, on every rank that it concerns, and names the argument
+and its value; ranks that disagree all learn about what; the buffer works afterwards.
+"""
+
+import re
+
+import cases
+import pytest
+import torch
+from cases import Case, World
+
+from ep_kernels import reference
+from ep_kernels.config import Layout
+from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
+
+THREE_RANKS = pytest.mark.parametrize("num_ranks", [3])
+CASE = Case(num_ranks=3, num_tokens=(6, 4, 9), num_topk=3, hidden=16)
+
+
+def change(**values):
+    """A change of a call's arguments: constants, or functions of the argument that was there."""
+
+    def apply(arguments):
+        for name, value in values.items():
+            arguments[name] = value(arguments.get(name)) if callable(value) else value
+
+    return apply
+
+
+def put(value, *index):
+    """Sets one element."""
+
+    def apply(tensor):
+        tensor = tensor.clone()
+        tensor[index] = value
+        return tensor
+
+    return apply
+
+
+def strided(tensor):
+    """The same values, not contiguous."""
+    return torch.stack([tensor, tensor], dim=-1)[..., 0]
+
+
+def fp8_pair(x):
+    return x.to(torch.float8_e4m3fn), torch.ones(len(x), 1)
+
+
+# name -> (change of a good call, what the message must contain)
+BAD_DISPATCH = {
+    "x-int32": (change(x=lambda x: x.to(torch.int32)), "x.*int32"),
+    "x-none": (change(x=None), "x.*None"),
+    "x-device": (change(x=lambda x: x.to("meta")), "x.*meta"),
+    "x-1d": (change(x=lambda x: x[0]), r"x.*shape.*16"),
+    "x-3d": (change(x=lambda x: x[None]), r"x.*shape.*1, \d+, 16"),
+    "x-strided": (change(x=strided), "x.*contiguous"),
+    "x-transposed": (change(x=lambda x: torch.empty(16, len(x)).to(x).t()), "x.*contiguous"),
+    "x-14-bytes": (change(x=lambda x: x[:, :7].contiguous()), r"x.*7\b.*14 bytes"),
+    "x-0-bytes": (change(x=lambda x: x[:, :0].contiguous()), r"x.*0\b.*bytes"),
+    "x-triple": (change(x=lambda x: (x, x, x)), "x.*3"),
+    "x-rows": (change(x=lambda x: x[:-1]), r"(x|topk_idx).*shape"),
+    "fp8-bf16-pair": (change(x=lambda x: (x, torch.ones(len(x), 1))), r"(x|scales).*bfloat16"),
+    "scales-fp16": (change(x=lambda x: (fp8_pair(x)[0], torch.ones(len(x), 1).half())), "float16"),
+    "scales-rows": (change(x=lambda x: (fp8_pair(x)[0], torch.ones(len(x) + 1, 1))), "shape"),
+    "scales-none-per-row": (change(x=lambda x: (fp8_pair(x)[0], torch.ones(len(x), 0))), r"0\b"),
+    "topk_idx-none": (change(topk_idx=None), "topk_idx.*None"),
+    "topk_idx-int32": (change(topk_idx=lambda t: t.to(torch.int32)), "topk_idx.*int32"),
+    "topk_idx-device": (change(topk_idx=lambda t: t.to("meta")), "topk_idx.*meta"),
+    "topk_idx-1d": (change(topk_idx=lambda t: t[:, 0].contiguous()), r"topk_idx.*shape"),
+    "topk_idx-strided": (change(topk_idx=strided), "topk_idx.*contiguous"),
+    "topk_idx-too-large": (change(topk_idx=put(6, 2, 1)), r"topk_idx\[2, 1\]=6\b.*num_experts=6"),
+    "topk_idx-huge": (change(topk_idx=put(2**32, 3, 2)), r"topk_idx\[3, 2\]=4294967296\b"),
+    "topk_idx-minus-2": (change(topk_idx=put(-2, 0, 0)), r"topk_idx\[0, 0\]=-2\b"),
+    "topk_idx-twice": (
+        change(topk_idx=put(torch.tensor([4, 1, 4]), 1)),
+        r"topk_idx\[1\].*\b4\b.*twice",
+    ),
+    "topk_idx-no-k": (
+        change(topk_idx=lambda t: t[:, :0].contiguous(), topk_weights=None),
+        r"num_topk=0\b",
+    ),
+    "topk_idx-k-over-e": (
+        change(topk_idx=lambda t: torch.full((len(t), 7), -1), topk_weights=None),
+        r"num_topk=7\b.*num_experts=6",
+    ),
+    "topk_weights-fp16": (change(topk_weights=lambda t: t.half()), "topk_weights.*float16"),
+    "topk_weights-shape": (
+        change(topk_weights=lambda t: t[:, :2].contiguous()),
+        r"topk_weights.*shape.*\b2\b",
+    ),
+    "topk_weights-strided": (change(topk_weights=strided), "topk_weights.*contiguous"),
+    "topk_weights-device": (change(topk_weights=lambda t: t.to("meta")), "topk_weights.*meta"),
+    "layout-text": (change(layout="rank_major"), "layout='rank_major'"),
+    "expert_alignment-0": (change(expert_alignment=0), r"expert_alignment=0\b"),
+    "expert_alignment-negative": (change(expert_alignment=-8), r"expert_alignment=-8\b"),
+    "expert_alignment-float": (change(expert_alignment=8.0), r"expert_alignment=8\.0"),
+    "capacity-negative": (change(capacity=-1), r"capacity=-1\b"),
+    "capacity-float": (change(capacity=1e3), r"capacity=1000\.0"),
+    "num_sms-0": (change(num_sms=0), r"num_sms=0\b"),
+    "handle-and-topk_idx": (change(handle=lambda _: "own"), "topk_idx"),
+}
+
+BAD_CACHED_DISPATCH = {
+    "handle-text": (change(handle="a handle"), "handle.*a handle"),
+    "handle-of-another-buffer": (change(handle="other"), "handle.*another buffer"),
+    "x-rows": (change(x=lambda x: x[:-1]), r"x.*shape"),
+    "topk_weights-shape": (
+        change(topk_weights=lambda t: torch.ones(1, 1)),
+        r"topk_weights.*shape.*\b1\b",
+    ),
+}
+
+BAD_COMBINE = {
+    "x-int64": (change(x=lambda x: x.to(torch.int64)), "x.*int64"),
+    "x-fp8": (change(x=lambda x: x.to(torch.float8_e4m3fn)), "x.*float8_e4m3fn"),
+    "x-device": (change(x=lambda x: x.to("meta")), "x.*meta"),
+    "x-rows": (change(x=lambda x: torch.cat([x, x[:1]])), r"x.*shape"),
+    "x-strided": (change(x=strided), "x.*contiguous"),
+    "x-12-bytes": (change(x=lambda x: x[:, :6].contiguous()), r"x.*6\b.*12 bytes"),
+    "handle-none": (change(handle=None), "handle.*None"),
+    "handle-of-another-buffer": (change(handle="other"), "handle.*another buffer"),
+    "topk_weights-shape": (
+        change(topk_weights=lambda t: t[:, :1].contiguous()),
+        r"topk_weights.*shape",
+    ),
+    "topk_weights-bf16": (change(topk_weights=lambda t: t.bfloat16()), "topk_weights.*bfloat16"),
+    "bias-dtype": (change(bias=lambda b: b.float()), "bias.*float32"),
+    "bias-shape": (change(bias=lambda b: b[:-1]), "bias.*shape"),
+    "bias-strided": (change(bias=strided), "bias.*contiguous"),
+    "bias-triple": (change(bias=lambda b: (b, b, b)), "bias.*3"),
+    "bias-second-of-pair": (change(bias=lambda b: (b, b[:, :8].contiguous())), r"bias.*shape.*8"),
+    "num_sms-negative": (change(num_sms=-4), r"num_sms=-4\b"),
+}
+
+BAD = {"dispatch": BAD_DISPATCH, "cached_dispatch": BAD_CACHED_DISPATCH, "combine": BAD_COMBINE}
+
+# name -> (operation, change on one rank, what every rank's message must contain)
+DISAGREEMENTS = {
+    "dtype": ("dispatch", change(x=lambda x: x.to(torch.float16)), "dtype.*bfloat16.*float16"),
+    "fp8": ("dispatch", change(x=fp8_pair), "dtype.*bfloat16.*float8_e4m3fn"),
+    "hidden": (
+        "dispatch",
+        change(x=lambda x: x[:, :8].contiguous()),
+        r"(hidden.*\b16\b.*\b8\b)|(bytes per row.*\b32\b.*\b16\b)",
+    ),
+    "num_topk": (
+        "dispatch",
+        change(
+            topk_idx=lambda t: t[:, :2].contiguous(), topk_weights=lambda t: t[:, :2].contiguous()
+        ),
+        r"num_topk.*\b3\b.*\b2\b",
+    ),
+    "topk_weights": ("dispatch", change(topk_weights=None), "topk_weight"),
+    "topk_weights-dtype": (
+        "dispatch",
+        change(topk_weights=lambda t: t.double()),
+        r"topk_weight.*(float32.*float64|\b4\b.*\b8\b)",
+    ),
+    "layout": ("dispatch", change(layout=Layout.EXPERT_MAJOR), "layout.*RANK_MAJOR.*EXPERT_MAJOR"),
+    "expert_alignment": (
+        "dispatch",
+        change(expert_alignment=16),
+        r"expert_alignment.*\b1\b.*\b16\b",
+    ),
+    "capacity": ("dispatch", change(capacity=100), "capacity"),
+    "cached-and-fresh": (
+        "dispatch",
+        change(handle=lambda _: "own", topk_idx=None),
+        "(operation|handle)",
+    ),
+    "combine-dtype": (
+        "combine",
+        change(x=lambda x: x.float(), bias=None),
+        "dtype.*bfloat16.*float32",
+    ),
+    "combine-hidden": (
+        "combine",
+        change(x=lambda x: x[:, :8].contiguous(), bias=None),
+        r"(hidden.*\b16\b.*\b8\b)|(bytes per row.*\b32\b.*\b16\b)",
+    ),
+    "combine-weights": ("combine", change(topk_weights=None), "topk_weight"),
+    "combine-handle": ("combine", change(handle="second"), "handle"),
+}
+
+
+def good_arguments(operation, world, handles):
+    """Arguments of a call that works; "own" and the like stand for handles in changes."""
+    rank = world.rank
+    if operation == "combine":
+        return dict(
+            x=world.ys()[rank],
+            handle=handles["own"],
+            topk_weights=world.recv_weights(rank),
+            bias=world.bias(),
+        )
+    arguments = dict(x=world.xs()[rank], topk_weights=world.topk_weights[rank])
+    if operation == "dispatch":
+        return dict(arguments, topk_idx=world.topk_idxs[rank], **world.case.dispatch_options)
+    return dict(arguments, handle=handles["own"])
+
+
+def call(buffer, operation, arguments, handles):
+    arguments = dict(arguments)
+    handle = arguments.get("handle")
+    if isinstance(handle, str):
+        arguments["handle"] = handles.get(handle, handle)
+    method = buffer.combine if operation == "combine" else buffer.dispatch
+    return method(**arguments)
+
+
+def error_of(function, *args, **kwargs):
+    try:
+        function(*args, **kwargs)
+    except EPError as error:
+        return error
+    raise AssertionError("no error")
+
+
+def check_message(error, pattern, kind=EPConfigError):
+    assert isinstance(error, kind), repr(error)
+    assert re.search(pattern, str(error)), f"{str(error)!r} does not match {pattern!r}"
+
+
+def make_handles(buffer, other, world):
+    xs = world.xs()
+    return {
+        "own": cases.dispatch(buffer, world, xs).handle,
+        "second": cases.dispatch(buffer, world, xs).handle,
+        "other": cases.dispatch(other, world, xs).handle,
+    }
+
+
+def on_rank_bad_calls(rank, backend, operation, bad_ranks):
+    """Each bad call of the table, followed by good ones."""
+    world = World(CASE, rank)
+    with (
+        cases.make_buffer(backend, case=CASE) as buffer,
+        cases.make_buffer(backend, case=CASE) as other,
+    ):
+        handles = make_handles(buffer, other, world)
+        for name, (apply, pattern) in BAD[operation].items():
+            arguments = good_arguments(operation, world, handles)
+            if rank in bad_ranks:
+                apply(arguments)
+            error = error_of(call, buffer, operation, arguments, handles)
+            own = rank in bad_ranks
+            expected = pattern if own else rf"rank ({'|'.join(map(str, bad_ranks))})\b.*({pattern})"
+            check_message(error, f"(?s){expected}", EPConfigError)
+            assert isinstance(error, ValueError)
+            try:
+                cases.check_round_trip(buffer, world)
+            except Exception as later:
+                raise AssertionError(f"after the bad call {name}: {later}") from later
+
+
+@THREE_RANKS
+@pytest.mark.parametrize("bad_ranks", [(1,), (2, 0), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("operation", list(BAD))
+def test_a_bad_argument_is_named_on_all_ranks_and_the_buffer_works_afterwards(
+    ranks, backend, num_ranks, operation, bad_ranks
+):
+    ranks.run(on_rank_bad_calls, backend, operation, bad_ranks)
+
+
+def on_rank_disagreement(rank, backend, operation, apply_name, odd_rank):
+    world = World(CASE, rank)
+    _, apply, pattern = DISAGREEMENTS[apply_name]
+    with (
+        cases.make_buffer(backend, case=CASE) as buffer,
+        cases.make_buffer(backend, case=CASE) as other,
+    ):
+        handles = make_handles(buffer, other, world)
+        for _ in range(2):
+            arguments = good_arguments(operation, world, handles)
+            if rank == odd_rank:
+                apply(arguments)
+            error = error_of(call, buffer, operation, arguments, handles)
+            check_message(error, f"(?s){pattern}")
+            assert re.search(rf"rank {odd_rank}\b", str(error)), str(error)
+            cases.check_round_trip(buffer, world)
+
+
+@THREE_RANKS
+@pytest.mark.parametrize("name", list(DISAGREEMENTS))
+def test_ranks_that_disagree_all_learn_the_field_and_both_values(ranks, backend, num_ranks, name):
+    ranks.run(on_rank_disagreement, backend, DISAGREEMENTS[name][0], name, 2)
+
+
+def on_rank_scales_disagree(rank, backend):
+    """fp32 and int32 scales have the same size; whoever reads them would not notice."""
+    case = Case(num_ranks=3, dtype="fp8", hidden=256)
+    world = World(case, rank)
+    with cases.make_buffer(backend, case=case) as buffer:
+        for odd_scales in (lambda s: s.view(torch.int32), lambda s: s[:, :1].contiguous()):
+            x, scales = world.xs()[rank]
+            scales = odd_scales(scales) if rank == 1 else scales
+            error = error_of(buffer.dispatch, (x, scales), world.topk_idxs[rank])
+            check_message(error, "scales.*")
+            cases.check_round_trip(buffer, world)
+
+
+@THREE_RANKS
+def test_ranks_agree_on_dtype_and_number_of_scales(ranks, backend, num_ranks, request):
+    if backend == "cpu":
+        reason = "fp32 and int32 scales are told apart by their size only"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    ranks.run(on_rank_scales_disagree, backend)
+
+
+def on_rank_different_operations(rank, backend):
+    world = World(CASE, rank)
+    with cases.make_buffer(backend, case=CASE) as buffer:
+        handle = cases.dispatch(buffer, world, world.xs()).handle
+        operations = {
+            "dispatch": lambda: cases.dispatch(buffer, world, world.xs()),
+            "combine": lambda: buffer.combine(world.ys()[rank], handle),
+            "barrier": buffer.barrier,
+        }
+        for most, one in (("dispatch", "combine"), ("combine", "barrier"), ("barrier", "dispatch")):
+            error = error_of(operations[one if rank == 1 else most])
+            check_message(
+                error, rf"operation.*{most}.*rank 1.*{one}|operation.*{most}.*{one}.*rank 1"
+            )
+            cases.check_round_trip(buffer, world)
+
+
+@THREE_RANKS
+def test_ranks_that_call_different_operations_all_learn_which(ranks, backend, num_ranks):
+    ranks.run(on_rank_different_operations, backend)
+
+
+def on_rank_bad_layout_call(rank, backend):
+    """get_dispatch_layout does not communicate: only the rank that calls it raises."""
+    world = World(CASE, rank)
+    with cases.make_buffer(backend, case=CASE) as buffer:
+        if rank == 0:
+            for bad, pattern in (
+                (put(6, 0, 0)(world.topk_idxs[0]), r"topk_idx\[0, 0\]=6\b"),
+                (world.topk_idxs[0].int(), "topk_idx.*int32"),
+                (world.topk_idxs[0][0], "topk_idx.*shape"),
+            ):
+                check_message(error_of(buffer.get_dispatch_layout, bad), pattern)
+        cases.check_round_trip(buffer, world)
+
+
+@THREE_RANKS
+def test_get_dispatch_layout_checks_its_argument(ranks, backend, num_ranks):
+    ranks.run(on_rank_bad_layout_call, backend)
+
+
+# Constructor: name -> (arguments of rank 1, what every rank's message must contain)
+BAD_CONSTRUCTORS = {
+    "num_experts-0": (dict(num_experts=0), "num_experts=0"),
+    "num_experts-indivisible": (dict(num_experts=7), "num_experts=7.*num_ranks=3"),
+    "num_experts-text": (dict(num_experts="six"), "num_experts='six'"),
+    "expert_to_rank-short": (dict(expert_to_rank=torch.tensor([0, 1])), r"expert_to_rank.*\b2\b"),
+    "expert_to_rank-outside": (
+        dict(expert_to_rank=torch.tensor([0, 1, 2, 3, 0, 1])),
+        r"expert_to_rank\[3\]=3\b",
+    ),
+    "device": (dict(device="meta"), "device.*meta"),
+    "timeout_s": (dict(timeout_s=0.0), r"timeout_s=0\.0"),
+    "num_sms": (dict(num_sms=0), r"num_sms=0\b"),
+}
+
+DIFFERENT_CONSTRUCTORS = {
+    "num_experts": (dict(num_experts=9), r"num_experts.*\b6\b.*\b9\b"),
+    "expert_to_rank": (dict(expert_to_rank=torch.tensor([2, 1, 0, 0, 1, 2])), "expert_to_rank"),
+}
+
+
+def construct(backend, **options):
+    if backend == "reference":
+        return reference.Buffer(**options)
+    import ep_kernels
+
+    return ep_kernels.Buffer(**options)
+
+
+def on_rank_bad_constructors(rank, backend, table):
+    for arguments, pattern in globals()[table].values():
+        good = dict(num_experts=6)
+        if rank == 1:
+            error = error_of(construct, backend, **dict(good, **arguments))
+        else:
+            error = error_of(construct, backend, **good)
+            assert "rank 1" in str(error), str(error)
+        check_message(error, pattern)
+        with cases.make_buffer(backend, case=CASE) as buffer:
+            cases.check_round_trip(buffer, World(CASE, rank))
+
+
+@THREE_RANKS
+@pytest.mark.parametrize("table", ["BAD_CONSTRUCTORS", "DIFFERENT_CONSTRUCTORS"])
+def test_a_bad_constructor_argument_is_named_on_all_ranks(ranks, backend, num_ranks, table):
+    ranks.run(on_rank_bad_constructors, backend, table)
+
+
+def test_a_buffer_without_a_process_group_says_what_is_missing():
+    import ep_kernels
+
+    with pytest.raises(EPConfigError, match="init_process_group"):
+        ep_kernels.Buffer(num_experts=4)
+    with pytest.raises(EPConfigError, match="group='gloo'"):
+        ep_kernels.Buffer("gloo", num_experts=4)
+
+
+def on_rank_use_after_destroy(rank, backend):
+    world = World(CASE, rank)
+    buffer = cases.make_buffer(backend, case=CASE)
+    handle = cases.check_round_trip(buffer, world).handle
+    buffer.destroy()
+    buffer.destroy()
+    for use in (
+        lambda: cases.dispatch(buffer, world, world.xs()),
+        lambda: buffer.dispatch(world.xs()[rank], handle=handle),
+        lambda: buffer.combine(world.ys()[rank], handle),
+        lambda: buffer.get_dispatch_layout(world.topk_idxs[rank]),
+        lambda: buffer.empty(3, 4, dtype=torch.float32),
+        buffer.barrier,
+    ):
+        check_message(error_of(use), "destroyed", EPError)
+    with cases.make_buffer(backend, case=CASE) as new:
+        check_message(error_of(new.combine, world.ys()[rank], handle), "handle.*another buffer")
+        cases.check_round_trip(new, world)
+
+
+@THREE_RANKS
+def test_use_after_destroy_is_refused(ranks, backend, num_ranks):
+    ranks.run(on_rank_use_after_destroy, backend)
+
+
+def on_rank_async_errors(rank, backend, case):
+    """Asynchronous calls report a peer's refusal when they are waited for, or at once."""
+    world = World(case, rank)
+    with cases.make_buffer(backend, case=case) as buffer:
+        handle = cases.dispatch(buffer, world, world.xs()).handle
+
+        def start_and_wait(bad):
+            x = world.ys()[rank]
+            result = buffer.combine(x[:-1] if bad else x, handle, async_op=True)
+            error = error_of(result.event.wait)
+            assert result.event.query()
+            check_message(error_of(result.event.wait), "rank 1")  # each time
+            raise error
+
+        for _ in range(3):
+            error = error_of(start_and_wait, rank == 1)
+            check_message(error, "x.*shape" if rank == 1 else r"(?s)rank 1\b.*x.*shape")
+        cases.check_round_trip(buffer, world)
+
+
+@THREE_RANKS
+def test_the_event_of_an_asynchronous_call_raises_its_error(ranks, num_ranks):
+    ranks.run(on_rank_async_errors, "cpu", CASE)
+
+
+def on_rank_pool_full(rank, backend, case):
+    """Everything goes to rank 1, whose pool is too small for it."""
+    world = World(case, rank)
+    x = torch.zeros(400, 4096)  # 6.5 MB on each rank
+    topk_idx = torch.full((400, 1), 2)
+    with cases.make_buffer(backend, case=case, pool_bytes=16 << 20) as buffer:
+        for options in (dict(), dict(capacity=1200)):
+            error = error_of(buffer.dispatch, x, topk_idx, **options)
+            if rank == 1 or not options:
+                check_message(error, "pool", EPDeviceError)
+            if not options:
+                check_message(error, "rank 1|" if rank == 1 else "rank 1", EPDeviceError)
+            cases.check_round_trip(buffer, world)
+        error = error_of(buffer.empty, 1 << 30, dtype=torch.float32)
+        check_message(error, "pool", EPDeviceError)
+        cases.check_round_trip(buffer, world)
+
+
+@THREE_RANKS
+def test_a_full_pool_is_an_error_on_all_ranks_and_the_buffer_works_afterwards(ranks, num_ranks):
+    ranks.run(on_rank_pool_full, "cpu", CASE)

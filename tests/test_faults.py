@@ -1,0 +1,364 @@
+"""Ranks that die, stop, leave early or never say goodbye.
+
+The others raise EPTimeoutError naming the rank: at once if its process has ended, after timeout_s
+if it is silent. The buffer refuses further use, what was received before stays valid, and neither
+/dev/shm nor the survivors' memory maps hold anything after destroy (`launch` checks what is left
+when all have gone).
+
+Functions named `on_rank_...` run on every rank; each belongs to the tests below it. Nobody collects
+the exit codes of killed ranks before the survivors are through, so the dead are zombies meanwhile.
+"""
+
+import gc
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import cases
+import pytest
+import torch
+import torch.distributed as dist
+from cases import Case, World
+
+from ep_kernels.errors import EPError, EPTimeoutError
+from ep_kernels.testing.leaks import shm_mappings
+
+VICTIM = 2
+CASE = Case(num_ranks=3, num_tokens=(40, 30, 50), num_topk=3)
+LONG_S = 30.0  # a timeout that no test waits for
+SOON_S = 3.0  # "at once" on a busy machine
+OPERATIONS = pytest.mark.parametrize(
+    "operation", ["dispatch", "cached dispatch", "combine", "barrier"]
+)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_after(delay_s):
+    """SIGKILL from another thread; calls into the core do not hold the interpreter's lock."""
+    timer = threading.Timer(delay_s, die)
+    timer.daemon = True
+    timer.start()
+
+
+class Group:
+    """A buffer with one result received, and the calls that the tests interrupt."""
+
+    def __init__(self, rank, case=CASE, **options):
+        self.rank, self.world = rank, World(case, rank)
+        self.buffer = cases.make_buffer("cpu", case=case, **options)
+        self.xs, self.ys = self.world.xs(), self.world.ys()
+        self.result = cases.dispatch(self.buffer, self.world, self.xs)
+        cases.check_combine(self.buffer, self.world, self.result.handle)
+
+    def call(self, operation, **options):
+        if operation == "barrier":
+            return self.buffer.barrier()
+        if operation == "combine":
+            return self.buffer.combine(self.ys[self.rank], self.result.handle, **options)
+        if operation == "cached dispatch":
+            return self.buffer.dispatch(self.xs[self.rank], handle=self.result.handle, **options)
+        return self.buffer.dispatch(
+            self.xs[self.rank],
+            self.world.topk_idxs[self.rank],
+            **self.world.case.dispatch_options,
+            **options,
+        )
+
+    def check_failed(self, error, culprits=(VICTIM,)):
+        """Everything that has to hold on a survivor after `error`."""
+        assert isinstance(error, EPTimeoutError), repr(error)
+        assert isinstance(error, TimeoutError)
+        assert error.peer in culprits, (error.peer, str(error))
+        assert error.rank == self.rank
+        assert f"rank {error.peer}" in str(error)
+        assert error.phase
+        for operation in ("dispatch", "combine", "barrier"):
+            start = time.monotonic()
+            refusal = error_of(self.call, operation)
+            assert time.monotonic() - start < 1.0, operation
+            assert any(f"rank {culprit}" in str(refusal) for culprit in culprits), str(refusal)
+        cases.check_dispatch_result(self.result, self.world, self.xs, name="received before")
+        self.destroy()
+
+    def destroy(self):
+        start = time.monotonic()
+        self.buffer.destroy()
+        assert time.monotonic() - start < SOON_S
+        self.result = None
+        gc.collect()
+        assert not shm_mappings(), shm_mappings()
+
+
+def error_of(function, *args, **kwargs):
+    try:
+        function(*args, **kwargs)
+    except EPError as error:
+        # The traceback would keep the call's tensors, and so the pool, alive.
+        return error.with_traceback(None)
+    raise AssertionError("no error")
+
+
+def timed_error_of(function, *args, **kwargs):
+    start = time.monotonic()
+    return error_of(function, *args, **kwargs), time.monotonic() - start
+
+
+def on_rank_killed_before(rank, operation):
+    group = Group(rank, timeout_s=LONG_S)
+    if rank == VICTIM:
+        die()
+    error, seconds = timed_error_of(group.call, operation)
+    assert seconds < SOON_S
+    group.check_failed(error)
+
+
+@OPERATIONS
+def test_a_rank_that_died_before_the_call_is_named_at_once(launch, operation):
+    result = launch(on_rank_killed_before, operation, num_ranks=3, lost=[VICTIM])
+    assert result.exit_codes == [0, 0, -signal.SIGKILL]
+
+
+def on_rank_killed_inside(rank, operation, is_async):
+    """Rank 0 comes late: when the victim dies it has announced the call, and waits for rank 0."""
+    group = Group(rank, timeout_s=LONG_S)
+    if rank == VICTIM:
+        die_after(0.2)
+        group.call(operation)
+    if rank == 0:
+        time.sleep(0.4)
+
+    def call():
+        if is_async:
+            group.call(operation, async_op=True).event.wait()
+        else:
+            group.call(operation)
+
+    error, seconds = timed_error_of(call)
+    assert seconds < SOON_S
+    group.check_failed(error)
+
+
+@OPERATIONS
+def test_a_rank_that_dies_inside_the_call_is_named_at_once(launch, operation):
+    launch(on_rank_killed_inside, operation, False, num_ranks=3, lost=[VICTIM])
+
+
+@pytest.mark.parametrize("operation", ["dispatch", "cached dispatch", "combine"])
+def test_the_event_of_an_asynchronous_call_names_the_dead_rank(launch, operation):
+    launch(on_rank_killed_inside, operation, True, num_ranks=3, lost=[VICTIM])
+
+
+def on_rank_killed_at_some_time(rank, case, delay_s):
+    """Dispatch and combine in a loop until the victim is no more."""
+    group = Group(rank, case, timeout_s=LONG_S)
+    dist.barrier()
+    if rank == VICTIM:
+        die_after(delay_s)
+    end = time.monotonic() + delay_s + 2 * SOON_S
+
+    def work():
+        while time.monotonic() < end:
+            group.call("dispatch")
+            group.call("combine")
+
+    group.check_failed(error_of(work))
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_a_rank_that_dies_at_any_moment_is_named(launch, number, is_exhaustive):
+    """Large rows in the odd tests: the victim dies while it copies."""
+    rng = random.Random(number)
+    case = replace(CASE, seed=number, capacity=(200, 200, 200) if number & 2 else None)
+    if number & 1:
+        case = replace(case, hidden=7168, num_tokens=(400, 400, 400))
+    if number & 1 and case.capacity:
+        case = replace(case, capacity=(900, 900, 900))
+    for _ in range(10 if is_exhaustive else 1):
+        delay_s = rng.uniform(0.001, 0.1)
+        launch(on_rank_killed_at_some_time, case, delay_s, num_ranks=3, lost=[VICTIM])
+
+
+def on_rank_two_killed(rank, victims):
+    group = Group(rank, Case(num_ranks=4, num_experts=8), timeout_s=LONG_S)
+    if rank in victims:
+        die()
+    error, seconds = timed_error_of(group.call, "dispatch")
+    assert seconds < SOON_S
+    group.check_failed(error, culprits=victims)
+
+
+@pytest.mark.parametrize("victims", [(0, 3), (1, 2, 3)], ids=str)
+def test_of_several_dead_ranks_one_is_named(launch, victims):
+    launch(on_rank_two_killed, victims, num_ranks=4, lost=victims)
+
+
+def on_rank_all_killed(rank):
+    group = Group(rank, timeout_s=LONG_S)
+    die_after(0.05)
+    while True:
+        group.call("dispatch")
+
+
+def test_when_all_ranks_are_killed_nothing_is_left(launch):
+    result = launch(on_rank_all_killed, num_ranks=3, lost=[0, 1, 2])
+    assert result.exit_codes == [-signal.SIGKILL] * 3
+
+
+TIMEOUT_S = 1.0
+
+
+def on_rank_stopped(rank, operation):
+    group = Group(rank, timeout_s=TIMEOUT_S)
+    if rank == VICTIM:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return
+    time.sleep(0.1)
+    error, seconds = timed_error_of(group.call, operation)
+    assert TIMEOUT_S <= seconds < TIMEOUT_S + SOON_S, seconds
+    group.check_failed(error)
+
+
+@OPERATIONS
+def test_a_silent_rank_is_named_after_the_timeout_and_not_before(launch, operation):
+    launch(on_rank_stopped, operation, num_ranks=3, lost=[VICTIM])
+
+
+def on_rank_resumed(rank):
+    """The victim wakes up when the others have given up on it."""
+    group = Group(rank, timeout_s=TIMEOUT_S)
+    pids = [None] * 3
+    dist.all_gather_object(pids, os.getpid())
+    if rank == VICTIM:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        error, seconds = timed_error_of(group.call, "dispatch")
+        assert isinstance(error, EPTimeoutError)
+        assert seconds < SOON_S
+        group.destroy()
+        return
+    time.sleep(0.1)
+    error = error_of(group.call, "dispatch")
+    assert error.peer == VICTIM
+    if rank == 0:
+        time.sleep(0.3)
+        os.kill(pids[VICTIM], signal.SIGCONT)
+        time.sleep(0.5)
+    group.check_failed(error)
+
+
+def test_a_rank_that_wakes_up_after_the_others_gave_up_gets_an_error(launch):
+    launch(on_rank_resumed, num_ranks=3)
+
+
+def on_rank_slow(rank, operation):
+    group = Group(rank, timeout_s=TIMEOUT_S)
+    for _ in range(2):
+        if rank == VICTIM:
+            time.sleep(0.7 * TIMEOUT_S)
+        group.call(operation)
+    cases.check_round_trip(group.buffer, group.world)
+    group.destroy()
+
+
+@pytest.mark.parametrize("operation", ["dispatch", "combine"])
+def test_a_rank_that_is_late_by_less_than_the_timeout_is_waited_for(launch, operation):
+    launch(on_rank_slow, operation, num_ranks=3)
+
+
+def on_rank_destroys_early(rank, operation):
+    group = Group(rank, timeout_s=LONG_S)
+    if rank == VICTIM:
+        time.sleep(0.1)
+        group.destroy()
+        dist.barrier()  # it lives on
+        return
+    error, seconds = timed_error_of(group.call, operation)
+    assert seconds < SOON_S
+    assert f"rank {VICTIM}" in str(error)
+    assert "destroyed" in str(error)
+    group.check_failed(error)
+    dist.barrier()
+
+
+@OPERATIONS
+def test_a_rank_that_destroyed_its_buffer_is_named_at_once(launch, operation):
+    launch(on_rank_destroys_early, operation, num_ranks=3)
+
+
+def on_rank_leaves(rank, how):
+    group = Group(rank, timeout_s=LONG_S)
+    if rank == VICTIM:
+        time.sleep(0.1)
+        if how == "sys.exit":
+            sys.exit(0)
+        os._exit(0)
+    error, seconds = timed_error_of(group.call, "dispatch")
+    assert seconds < SOON_S
+    group.check_failed(error)
+
+
+@pytest.mark.parametrize("how", ["sys.exit", "os._exit"])
+def test_a_rank_that_leaves_python_is_named_at_once(launch, how):
+    launch(on_rank_leaves, how, num_ranks=3, lost=[VICTIM])
+
+
+_kept = []  # objects that are alive when the interpreter ends
+
+
+def on_rank_never_destroys(rank, what):
+    group = Group(rank, timeout_s=LONG_S)
+    _kept.append(group)
+    if what == "asynchronous calls":
+        _kept.extend(group.call("combine", async_op=True) for _ in range(4))
+    if what == "a cycle":
+        group.itself = group
+        _kept.clear()
+    if what == "threads":
+        thread = threading.Thread(target=time.sleep, args=(0.2,))
+        thread.start()
+
+
+@pytest.mark.parametrize("what", ["results", "asynchronous calls", "a cycle", "threads"])
+def test_python_may_end_without_destroy(launch, what):
+    """`launch` checks the exit codes, and that nothing is left."""
+    launch(on_rank_never_destroys, what, num_ranks=3, end_python=True)
+
+
+def on_rank_destroys_under_way(rank):
+    """destroy() waits for the calls under way, so that they arrive on the other ranks."""
+    group = Group(rank, replace(CASE, hidden=4096, num_tokens=(300, 300, 300)), timeout_s=LONG_S)
+    results = [group.call("combine", async_op=True) for _ in range(3)]
+    want = group.world.combine_result(group.ys)
+    group.buffer.destroy()
+    for result in results:
+        result.event.wait()
+        assert torch.equal(result.x, want.x)
+
+
+@pytest.mark.xfail(strict=True, reason="destroy() refuses the calls that it should wait for")
+def test_destroy_waits_for_the_calls_under_way(launch):
+    launch(on_rank_destroys_under_way, num_ranks=3)
+
+
+def on_rank_other_buffers(rank):
+    """The group of ranks 0 and 1 does not notice that rank 2 is dead."""
+    pair = dist.new_group([0, 1])
+    everyone = Group(rank, timeout_s=LONG_S)
+    if rank == VICTIM:
+        die()
+    world = World(Case(), rank)
+    with cases.make_buffer("cpu", group=pair, case=world.case) as buffer:
+        cases.check_round_trip(buffer, world)
+        error = error_of(everyone.call, "dispatch")
+        cases.check_round_trip(buffer, world)
+    everyone.check_failed(error)
+
+
+def test_a_failed_buffer_leaves_the_others_alone(launch):
+    launch(on_rank_other_buffers, num_ranks=3, lost=[VICTIM])
