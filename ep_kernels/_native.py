@@ -105,7 +105,8 @@ MIRRORS = (ErrorRecord, Config, Sizes, Routing, DispatchArgs, CombineArgs)
 
 _ERROR = POINTER(ErrorRecord)
 _OUT = POINTER(c_void_p)
-_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+Signatures = dict[str, tuple[Any, list[Any]]]
+_SIGNATURES: Signatures = {
     "ep_abi_sizes": (None, [POINTER(c_int32)]),
     "ep_simd_name": (c_char_p, []),
     "ep_buffer_create": (c_int32, [POINTER(Config), _OUT, POINTER(c_int32), _ERROR]),
@@ -140,25 +141,30 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 
 @functools.cache
 def cpu_library() -> ctypes.CDLL:
-    """Loads the CPU core.
+    """Loads the CPU core. Raises EPDeviceError as load_library()."""
+    return load_library(CPU_LIBRARY, _SIGNATURES, "ep_abi_sizes", MIRRORS)
+
+
+def load_library(
+    path: Path, signatures: Signatures, sizes_function: str, mirrors: tuple[type[Structure], ...]
+) -> ctypes.CDLL:
+    """Loads a compiled core and compares its structures with `mirrors`.
 
     Raises:
         EPDeviceError: it is not built, or was built from other sources than this package.
     """
-    if not CPU_LIBRARY.exists():
-        raise EPDeviceError(
-            f"the CPU core {CPU_LIBRARY.name} is not built; run `pip install -e .` in the sources"
-        )
-    library = ctypes.CDLL(str(CPU_LIBRARY))
-    for name, (result, arguments) in _SIGNATURES.items():
+    if not path.exists():
+        raise EPDeviceError(f"{path.name} is not built; run `pip install -e .` in the sources")
+    library = ctypes.CDLL(str(path))
+    for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    built = (c_int32 * len(MIRRORS))()
-    library.ep_abi_sizes(built)
-    expected = [ctypes.sizeof(mirror) for mirror in MIRRORS]
+    built = (c_int32 * len(mirrors))()
+    getattr(library, sizes_function)(built)
+    expected = [ctypes.sizeof(mirror) for mirror in mirrors]
     if list(built) != expected:
         raise EPDeviceError(
-            f"{CPU_LIBRARY.name} does not belong to this version of the package (structure sizes "
+            f"{path.name} does not belong to this version of the package (structure sizes "
             f"{list(built)}, expected {expected}); rebuild it"
         )
     return library

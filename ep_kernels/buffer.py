@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from ep_kernels.bootstrap import make_bootstrap
+from ep_kernels.backend import Backend
+from ep_kernels.bootstrap import Bootstrap, make_bootstrap
 from ep_kernels.config import Layout, Settings, agree_on_settings
-from ep_kernels.cpu_backend import CpuBackend
 from ep_kernels.errors import EPConfigError
 from ep_kernels.event import Event
 from ep_kernels.handle import CombineResult, DispatchHandle, DispatchLayout, DispatchResult
@@ -43,11 +43,12 @@ class Buffer:
         num_experts: E.
         expert_to_rank: [E] rank of each expert; None places blocks of E / R experts in order.
             The experts of a rank are numbered locally in ascending order.
-        device: "cpu".
-        pool_bytes: limit of the memory for results on this rank. Memory is taken when first used.
-            None: the machine's memory.
+        device: where rows live: "cpu", "cuda" (the current device) or "cuda:N".
+        pool_bytes: limit of the memory for results on this rank. None: on the CPU the machine's
+            memory, taken when first used; on a GPU, where it is taken at once, an eighth of it.
         timeout_s: how long a rank waits for a silent peer. None: 60, or EP_KERNELS_TIMEOUT_S.
-        num_sms: worker threads of this rank's transfers. None: the machine's cores over R.
+        num_sms: worker threads (CPU) or SMs (GPU) of this rank's transfers. None: the machine's
+            cores over R; on a GPU 16.
 
     Raises:
         EPConfigError: an argument is wrong, or ranks disagree; on all ranks.
@@ -72,7 +73,7 @@ class Buffer:
         num_sms: int | None = None,
     ) -> None:
         bootstrap = make_bootstrap(group)
-        self._backend: CpuBackend | None = None
+        self._backend: Backend | None = None
         self.rank, self.num_ranks = bootstrap.rank, bootstrap.num_ranks
         settings = agree_on_settings(
             bootstrap,
@@ -91,7 +92,7 @@ class Buffer:
         self.local_experts = [
             expert for expert, rank in enumerate(settings.expert_to_rank) if rank == self.rank
         ]
-        self._backend = CpuBackend(bootstrap, settings)
+        self._backend = _make_backend(bootstrap, settings)
         self._calls = HighThroughput(
             self._backend,
             num_ranks=self.num_ranks,
@@ -250,10 +251,20 @@ class Buffer:
         self._usable_backend()
         return self._calls
 
-    def _usable_backend(self) -> CpuBackend:
+    def _usable_backend(self) -> Backend:
         if self._backend is None:
             raise EPConfigError("this buffer was destroyed and cannot be used any more")
         return self._backend
+
+
+def _make_backend(bootstrap: Bootstrap, settings: Settings) -> Backend:
+    if settings.device == "cpu":
+        from ep_kernels.cpu_backend import CpuBackend
+
+        return CpuBackend(bootstrap, settings)
+    from ep_kernels.cuda_backend import CudaBackend
+
+    return CudaBackend(bootstrap, settings)
 
 
 @atexit.register

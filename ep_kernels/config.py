@@ -73,7 +73,7 @@ class Settings:
     timeout_s: float
     num_sms: int
 
-    LOCAL = ("timeout_s", "num_sms")  # may differ between ranks
+    LOCAL = ("timeout_s", "num_sms", "device")  # may differ between ranks, the kind of device not
 
     @classmethod
     def check(
@@ -88,16 +88,40 @@ class Settings:
         num_sms: int | None,
     ) -> Settings:
         """Fills defaults in. Raises EPConfigError naming the argument and its value."""
-        if str(device) != "cpu":
-            raise EPConfigError(f"device={str(device)!r}: this build has the CPU backend only")
+        name = _check_device(device)
+        is_cpu = name == "cpu"
         return cls(
             num_experts=num_experts,
             expert_to_rank=make_expert_to_rank(num_experts, expert_to_rank, num_ranks),
-            device=str(device),
-            pool_bytes=int(_positive("pool_bytes", pool_bytes, env.default_pool_bytes)),
+            device=name,
+            pool_bytes=int(
+                _positive("pool_bytes", pool_bytes, lambda: env.default_pool_bytes(name))
+            ),
             timeout_s=_positive("timeout_s", timeout_s, env.default_timeout_s),
-            num_sms=int(_positive("num_sms", num_sms, lambda: env.default_num_threads(num_ranks))),
+            num_sms=int(
+                _positive("num_sms", num_sms, lambda: env.default_num_sms(num_ranks, is_cpu=is_cpu))
+            ),
         )
+
+
+def _check_device(device: str | torch.device) -> str:
+    """ "cpu", or "cuda:N" with the index filled in."""
+    import torch
+
+    try:
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise EPConfigError(f"device={device!r} is not a device") from None
+    if parsed.type == "cpu":
+        return "cpu"
+    if parsed.type != "cuda":
+        raise EPConfigError(f"device={device!r} is neither a CPU nor a CUDA device")
+    if not torch.cuda.is_available():
+        raise EPConfigError(f"device={device!r}: torch sees no CUDA device")
+    index = torch.cuda.current_device() if parsed.index is None else parsed.index
+    if index >= torch.cuda.device_count():
+        raise EPConfigError(f"device={device!r}: there are {torch.cuda.device_count()} devices")
+    return f"cuda:{index}"
 
 
 def _positive(name: str, value: float | None, default: Callable[[], float]) -> float:
@@ -131,6 +155,11 @@ def agree_on_settings(bootstrap: Bootstrap, check: Callable[[], Settings]) -> Se
         if message:
             raise EPConfigError(f"rank {rank} refused to make this buffer: {message}")
     for rank, (theirs, _) in enumerate(outcomes):
+        kinds = outcomes[0][0]["device"].split(":")[0], theirs["device"].split(":")[0]
+        if kinds[0] != kinds[1]:
+            raise EPConfigError(
+                f"ranks disagree on device: rank 0 has {kinds[0]}, rank {rank} has {kinds[1]}"
+            )
         for name, value in outcomes[0][0].items():
             if name not in Settings.LOCAL and theirs[name] != value:
                 raise EPConfigError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from ep_kernels.bootstrap import Bootstrap
 from ep_kernels.config import Settings
 from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
 from ep_kernels.event import Event
+from ep_kernels.handle import DispatchHandle, HostCounts
 
 
 class _Block:
@@ -67,6 +70,7 @@ class CpuBackend:
         self._pool_bytes = settings.pool_bytes
         self._pending: list[tuple[_CpuOperation, Any]] = []
         self._buffer: int | None = None
+        self._num_ranks, self._num_experts = bootstrap.num_ranks, settings.num_experts
         problem: EPError | None = None
         fd = ctypes.c_int32(-1)
         try:
@@ -161,9 +165,17 @@ class CpuBackend:
 
     # Calls
 
-    def count_rows(
-        self, topk_idx: torch.Tensor, counts: torch.Tensor, is_token_in_rank: torch.Tensor
-    ) -> None:
+    @contextlib.contextmanager
+    def call(self, previous_event: Event | None) -> Iterator[None]:
+        """Calls of one buffer run in order anyway; the events of others are waited for."""
+        if previous_event is not None:
+            previous_event.wait()
+        yield
+
+    def count_rows(self, topk_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows for each rank, then tokens for each expert [R + E] int32; [T, R] bool."""
+        counts = torch.zeros(self._num_ranks + self._num_experts, dtype=torch.int32)
+        is_token_in_rank = torch.zeros((topk_idx.shape[0], self._num_ranks), dtype=torch.bool)
         _native.call(
             self._library.ep_count_rows,
             self._buffer,
@@ -173,12 +185,17 @@ class CpuBackend:
             counts.data_ptr(),
             is_token_in_rank.data_ptr(),
         )
+        return counts, is_token_in_rank
 
-    def notify(self, args: _native.DispatchArgs) -> int:
+    def notify(self, args: _native.DispatchArgs, handle: DispatchHandle) -> tuple[int, HostCounts]:
         """Exchanges counts and fills the routing; returns the number of the call."""
         seq = ctypes.c_uint64()
         _native.call(self._library.ep_notify, self._buffer, ctypes.byref(args), ctypes.byref(seq))
-        return seq.value
+        return seq.value, HostCounts(
+            num_rows=int(handle.recv_sizes[0]),
+            num_recv_tokens_per_expert=handle.num_recv_tokens_per_expert,
+            expert_offsets=handle.expert_offsets,
+        )
 
     def send(
         self, seq: int, args: _native.DispatchArgs, *, keep: Any, error: str, async_op: bool

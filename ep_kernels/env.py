@@ -3,7 +3,8 @@ machine.
 
 EP_KERNELS_TIMEOUT_S    default of `Buffer(timeout_s=)`, seconds
 EP_KERNELS_NUM_THREADS  default of `Buffer(num_sms=)` on the CPU backend
-EP_KERNELS_POOL_BYTES   default of `Buffer(pool_bytes=)` on the CPU backend
+EP_KERNELS_NUM_SMS      the same on a GPU
+EP_KERNELS_POOL_BYTES   default of `Buffer(pool_bytes=)`
 EP_KERNELS_SIMD         scalar, avx2 or avx512: a slower path of the CPU core (read by the core)
 """
 
@@ -32,13 +33,20 @@ def default_timeout_s() -> float:
     return _number("EP_KERNELS_TIMEOUT_S", DEFAULT_TIMEOUT_S)
 
 
-def default_num_threads(num_ranks: int) -> int:
-    """Worker threads per rank: the usable cores, shared among the ranks of the machine."""
+def default_num_sms(num_ranks: int, *, is_cpu: bool) -> int:
+    """Worker threads per rank: the usable cores, shared among the ranks. SMs on a GPU: 16."""
+    if not is_cpu:
+        return int(_number("EP_KERNELS_NUM_SMS", 16))
     cores = len(os.sched_getaffinity(0))
     return int(_number("EP_KERNELS_NUM_THREADS", max(1, cores // num_ranks)))
 
 
-def default_pool_bytes() -> int:
-    """Size of a rank's pool: the machine's memory. Pages cost nothing until they are touched."""
+def default_pool_bytes(device: str) -> int:
+    """Size of a rank's pool: the machine's memory, whose pages cost nothing until touched; an
+    eighth of a GPU's."""
+    if device != "cpu":
+        import torch
+
+        return int(_number("EP_KERNELS_POOL_BYTES", torch.cuda.mem_get_info(device)[1] // 8))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(_number("EP_KERNELS_POOL_BYTES", memory))

@@ -19,6 +19,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class HostCounts:
+    """What the host knows of a received batch.
+
+    Attributes:
+        num_rows: N.
+        num_recv_tokens_per_expert, expert_offsets: as in DispatchResult, on the CPU.
+    """
+
+    num_rows: int
+    num_recv_tokens_per_expert: torch.Tensor
+    expert_offsets: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class DispatchHandle:
     """The routing of one dispatch; opaque. combine() needs it, and dispatch() may reuse it.
 
@@ -29,9 +43,10 @@ class DispatchHandle:
         num_rows: N, rows of the received tensors.
         topk_idx: [T, K] int64, a copy.
         rows: [T, K] int32, row of each choice on its rank, -1 where there is none.
-        num_recv_tokens_per_expert, expert_offsets: as in DispatchResult.
+        num_recv_tokens_per_expert, expert_offsets: as in DispatchResult, on the buffer's device.
         own_rows: [L, 2] or [1, 2] int64, ranges of received rows that this rank itself sent.
         recv_sizes: [3] int64, rows with padding, without, and dropped for capacity.
+        host: what the host knows; None if it did not wait for the counts.
     """
 
     owner: object
@@ -47,6 +62,7 @@ class DispatchHandle:
     expert_offsets: torch.Tensor
     own_rows: torch.Tensor
     recv_sizes: torch.Tensor
+    host: HostCounts | None = None
 
     @property
     def num_topk(self) -> int:
@@ -80,10 +96,10 @@ class DispatchResult:
             choice is none or lives elsewhere. EXPERT_MAJOR, or routing from a cached handle: None.
         recv_topk_weights: RANK_MAJOR: [N, K], 0 where the choice is not on this rank.
             EXPERT_MAJOR: [N], 0 in padding rows. None when no weights were sent.
-        num_recv_tokens_per_expert: [L] int64 on the CPU, rows per local expert without padding;
-            the counts before `capacity` cuts anything off.
-        expert_offsets: EXPERT_MAJOR: [L + 1] int64 on the CPU, first row of each local expert's
-            group, then N. RANK_MAJOR: None.
+        num_recv_tokens_per_expert: [L] int64, rows per local expert without padding; the counts
+            before `capacity` cuts anything off. On the CPU; with a capacity on the rows' device.
+        expert_offsets: EXPERT_MAJOR: [L + 1] int64, first row of each local expert's group, then N;
+            where num_recv_tokens_per_expert is. RANK_MAJOR: None.
         num_overflow: [1] int64, rows dropped here because of `capacity`.
         handle: pass to combine(), or to dispatch() to send other rows the same way.
         event: completes when the tensors above hold their contents.

@@ -14,8 +14,8 @@ import torch
 
 from ep_kernels import checks
 from ep_kernels._native import CombineArgs, DispatchArgs, Routing, Sizes
+from ep_kernels.backend import Backend
 from ep_kernels.config import Layout
-from ep_kernels.cpu_backend import CpuBackend
 from ep_kernels.errors import EPConfigError, EPDeviceError
 from ep_kernels.event import Event
 from ep_kernels.handle import CombineResult, DispatchHandle, DispatchLayout, DispatchResult
@@ -57,7 +57,7 @@ class HighThroughput:
 
     def __init__(
         self,
-        backend: CpuBackend,
+        backend: Backend,
         *,
         num_ranks: int,
         num_experts: int,
@@ -73,9 +73,7 @@ class HighThroughput:
     def get_dispatch_layout(self, topk_idx: torch.Tensor) -> DispatchLayout:
         """See Buffer.get_dispatch_layout()."""
         topk_idx = self._check_topk_idx(topk_idx, None)
-        counts = torch.zeros(self._num_ranks + self._num_experts, dtype=torch.int32)
-        is_token_in_rank = torch.zeros((topk_idx.shape[0], self._num_ranks), dtype=torch.bool)
-        self._backend.count_rows(topk_idx, counts, is_token_in_rank)
+        counts, is_token_in_rank = self._backend.count_rows(topk_idx)
         return DispatchLayout(
             num_tokens_per_rank=counts[: self._num_ranks],
             num_tokens_per_expert=counts[self._num_ranks :],
@@ -91,32 +89,8 @@ class HighThroughput:
         options: CallOptions,
     ) -> DispatchResult:
         """See Buffer.dispatch()."""
-        with self._refusing():
-            if isinstance(routing, NewRouting):
-                rows = checks.check_rows(x, num_rows=None, device=self._backend.device)
-                handle = self._new_handle(routing, rows.num_tokens)
-            else:
-                handle = self._check_handle(routing)
-                rows = checks.check_rows(x, num_rows=handle.num_tokens, device=self._backend.device)
-            weights = self._check_weights(topk_weights, tuple(handle.topk_idx.shape))
-            args = DispatchArgs(
-                x=rows.x.data_ptr(),
-                scales=_address(rows.scales),
-                topk_weights=_address(weights),
-                routing=_routing(handle),
-                sizes=self._sizes(rows, handle, weights, options.num_sms),
-            )
-            memory = None
-            if handle.num_rows >= 0:
-                memory = self._receive_memory(args, rows, handle, weights)
-        _order_after(options.previous_event)
-        if memory is None:
-            return self._dispatch_fresh(args, rows, handle, weights, options)
-        keep = (rows, weights, handle, memory)
-        seq, event = self._backend.dispatch(args, keep=keep, async_op=options.async_op)
-        if handle.seq < 0:
-            handle = replace(handle, seq=seq)
-        return _dispatch_result(handle, memory, event)
+        with self._backend.call(options.previous_event):
+            return self._dispatch(x, topk_weights, routing, options)
 
     def combine(
         self,
@@ -128,6 +102,12 @@ class HighThroughput:
         options: CallOptions,
     ) -> CombineResult:
         """See Buffer.combine()."""
+        with self._backend.call(options.previous_event):
+            return self._combine(x, handle, topk_weights, bias, options)
+
+    def _combine(
+        self, x: Any, handle: Any, topk_weights: Any, bias: Any, options: CallOptions
+    ) -> CombineResult:
         with self._refusing():
             handle = self._check_handle(handle)
             rows = checks.check_rows(x, num_rows=handle.num_rows, device=self._backend.device)
@@ -156,10 +136,38 @@ class HighThroughput:
                 else self._backend.allocate(tuple(handle.topk_idx.shape), weights.dtype)
             )
         args.out, args.out_topk_weights = out.data_ptr(), _address(out_weights)
-        _order_after(options.previous_event)
         keep = (rows, weights, biases, handle, staged_x, staged_weights, out, out_weights)
         event = self._backend.combine(args, keep=keep, async_op=options.async_op)
         return CombineResult(x=out, topk_weights=out_weights, event=event)
+
+    def _dispatch(
+        self, x: Any, topk_weights: Any, routing: NewRouting | DispatchHandle, options: CallOptions
+    ) -> DispatchResult:
+        with self._refusing():
+            if isinstance(routing, NewRouting):
+                rows = checks.check_rows(x, num_rows=None, device=self._backend.device)
+                handle = self._new_handle(routing, rows.num_tokens)
+            else:
+                handle = self._check_handle(routing)
+                rows = checks.check_rows(x, num_rows=handle.num_tokens, device=self._backend.device)
+            weights = self._check_weights(topk_weights, tuple(handle.topk_idx.shape))
+            args = DispatchArgs(
+                x=rows.x.data_ptr(),
+                scales=_address(rows.scales),
+                topk_weights=_address(weights),
+                routing=_routing(handle),
+                sizes=self._sizes(rows, handle, weights, options.num_sms),
+            )
+            memory = None
+            if handle.num_rows >= 0:
+                memory = self._receive_memory(args, rows, handle, weights)
+        if memory is None:
+            return self._dispatch_fresh(args, rows, handle, weights, options)
+        keep = (rows, weights, handle, memory)
+        seq, event = self._backend.dispatch(args, keep=keep, async_op=options.async_op)
+        if handle.seq < 0:
+            handle = replace(handle, seq=seq)
+        return _dispatch_result(handle, memory, event)
 
     def _dispatch_fresh(
         self,
@@ -170,8 +178,8 @@ class HighThroughput:
         options: CallOptions,
     ) -> DispatchResult:
         """Exchanges the counts, takes the memory they ask for, sends the rows."""
-        seq = self._backend.notify(args)
-        handle = replace(handle, seq=seq, num_rows=int(handle.recv_sizes[0]))
+        seq, host = self._backend.notify(args, handle)
+        handle = replace(handle, seq=seq, num_rows=host.num_rows, host=host)
         problem = ""
         try:
             memory = self._receive_memory(args, rows, handle, weights)
@@ -245,7 +253,12 @@ class HighThroughput:
         checks.check_int("expert_alignment", routing.expert_alignment, low=1, high=1 << 20)
         if capacity is not None:
             checks.check_int("capacity", capacity, low=0, high=(1 << 31) - 1)
-        num_groups = self._num_local_experts if layout is Layout.EXPERT_MAJOR else 1
+        num_local = self._num_local_experts
+        num_groups = num_local if layout is Layout.EXPERT_MAJOR else 1
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=self._backend.device)
+
         return DispatchHandle(
             owner=self._identity,
             seq=-1,
@@ -255,11 +268,11 @@ class HighThroughput:
             num_tokens=num_tokens,
             num_rows=-1 if capacity is None else capacity,
             topk_idx=topk_idx.clone(),
-            rows=torch.full(topk_idx.shape, -1, dtype=torch.int32),
-            num_recv_tokens_per_expert=torch.zeros(self._num_local_experts, dtype=torch.int64),
-            expert_offsets=torch.zeros(self._num_local_experts + 1, dtype=torch.int64),
-            own_rows=torch.zeros((num_groups, 2), dtype=torch.int64),
-            recv_sizes=torch.zeros(3, dtype=torch.int64),
+            rows=torch.full_like(topk_idx, -1, dtype=torch.int32),
+            num_recv_tokens_per_expert=zeros(num_local),
+            expert_offsets=zeros(num_local + 1),
+            own_rows=zeros(num_groups, 2),
+            recv_sizes=zeros(3),
         )
 
     def _sizes(
@@ -344,21 +357,16 @@ def _routing(handle: DispatchHandle) -> Routing:
     )
 
 
-def _order_after(previous_event: Event | None) -> None:
-    """Calls of one buffer run in order anyway; this is for the events of others."""
-    if previous_event is not None:
-        previous_event.wait()
-
-
 def _dispatch_result(handle: DispatchHandle, memory: _Received, event: Event) -> DispatchResult:
     by_expert = handle.layout is Layout.EXPERT_MAJOR
+    counts = handle.host or handle
     return DispatchResult(
         recv_x=memory.x,
         recv_scales=memory.scales,
         recv_topk_idx=memory.topk_idx,
         recv_topk_weights=memory.topk_weights,
-        num_recv_tokens_per_expert=handle.num_recv_tokens_per_expert,
-        expert_offsets=handle.expert_offsets if by_expert else None,
+        num_recv_tokens_per_expert=counts.num_recv_tokens_per_expert,
+        expert_offsets=counts.expert_offsets if by_expert else None,
         num_overflow=handle.recv_sizes[2:3],
         handle=handle,
         event=event,

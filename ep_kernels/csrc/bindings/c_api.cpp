@@ -1,8 +1,5 @@
 #include "bindings/c_api.h"
 
-#include <algorithm>
-#include <cstring>
-#include <exception>
 #include <memory>
 #include <string>
 
@@ -24,39 +21,9 @@ struct EpOp {
   std::shared_ptr<ep::PendingOp> impl;
 };
 
+using ep::guarded;
+
 namespace {
-
-int32_t report(EpError* error, EpStatus status, const char* message,
-               const ep::TimeoutRecord& record = {}) {
-  if (error == nullptr) return status;
-  std::strncpy(error->message, message, sizeof(error->message) - 1);
-  error->message[sizeof(error->message) - 1] = '\0';
-  error->rank = record.rank;
-  error->phase = record.phase;
-  error->peer = record.peer;
-  error->expected = record.expected;
-  error->seen = record.seen;
-  return status;
-}
-
-/// Runs `body` and turns what it throws into a status.
-template <typename Body>
-int32_t guarded(EpError* error, Body&& body) {
-  try {
-    body();
-    return kEpOk;
-  } catch (const ep::TimeoutError& e) {
-    return report(error, kEpTimeoutError, e.what(), e.record);
-  } catch (const ep::DisagreementError& e) {
-    return report(error, kEpPeerError, e.what());
-  } catch (const ep::ConfigError& e) {
-    return report(error, kEpConfigError, e.what());
-  } catch (const ep::DeviceError& e) {
-    return report(error, kEpDeviceError, e.what());
-  } catch (const std::exception& e) {
-    return report(error, kEpUnknownError, e.what());
-  }
-}
 
 /// Hands out a call; one that has finished reports its error at once.
 int32_t hand_out(const std::shared_ptr<ep::PendingOp>& op, bool is_async, EpOp** out) {

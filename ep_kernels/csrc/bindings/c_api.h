@@ -2,32 +2,16 @@
 
 #include <stdint.h>
 
+#include "bindings/status.h"
 #include "core/ht_args.h"
 
 // The C interface of the CPU core, called from Python through ctypes (ep_kernels/_native.py): one
 // library for every Python and torch. Functions return an EpStatus; on failure `error` tells more.
 // They may block, but only up to the buffer's timeout, and hold no Python lock.
 
-#define EP_API extern "C" __attribute__((visibility("default")))
-
 struct EpBuffer;  // a buffer of the host backend
 struct EpBlock;   // a range of a buffer's pool; may outlive the buffer
 struct EpOp;      // a call on its way
-
-enum EpStatus : int32_t {
-  kEpOk = 0,
-  kEpConfigError = 1,   ///< refused on this rank, before anything was sent
-  kEpPeerError = 2,     ///< refused by a peer, or ranks disagree
-  kEpDeviceError = 3,   ///< memory, operating system, CUDA
-  kEpTimeoutError = 4,  ///< a peer is silent, dead or gone
-  kEpUnknownError = 5,
-};
-
-struct EpError {
-  char message[1024];
-  int32_t rank, phase, peer;
-  int64_t expected, seen;
-};
 
 struct EpConfig {
   int32_t rank, num_ranks, num_experts;

@@ -1,7 +1,9 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
+#include "core/ht_args.h"
 #include "core/layout.h"
 #include "core/macros.h"
 #include "core/types.h"
@@ -47,7 +49,7 @@ enum class Op : int64_t {
   kRefused = 5
 };
 
-/// Properties of a call on which all ranks must agree. kPostFieldNames has their names.
+/// Properties of a call on which all ranks must agree. protocol.cpp has their names.
 enum PostField : int {
   kFieldOp,
   kFieldLayout,
@@ -62,18 +64,14 @@ enum PostField : int {
   kNumPostFields,
 };
 
-constexpr const char* kPostFieldNames[kNumPostFields] = {
-    "operation",
-    "layout",
-    "dtype",
-    "bytes per row of x",
-    "bytes of scales per row",
-    "num_topk",
-    "bytes of one topk_weight (0 = none given)",
-    "expert_alignment",
-    "capacity given",
-    "handle (number of the dispatch that made it)",
-};
+/// The fields of a call, for people.
+std::string field_value(int field, int64_t value);
+
+/// What every rank says when rank `src` disagrees with rank 0 on a field.
+std::string disagreement(int field, int64_t value_of_first, int src, int64_t value);
+
+/// Fills the fields on which ranks must agree.
+void fill_fields(Op op, const HtSizes& sizes, int64_t (&fields)[kNumPostFields]);
 
 /// Where a rank's receive memory (dispatch) or its rows (combine) are: byte offsets into its pool,
 /// -1 where there is none.

@@ -99,18 +99,8 @@ std::shared_ptr<PendingOp> Buffer::start(bool is_async, Body&& body) {
 }
 
 Post Buffer::make_post(Op op, const HtSizes& sizes) const {
-  const bool by_expert = static_cast<Layout>(sizes.layout) == Layout::kExpertMajor;
   Post post{};
-  post.fields[kFieldOp] = static_cast<int64_t>(op);
-  post.fields[kFieldLayout] = sizes.layout;
-  post.fields[kFieldRowType] = sizes.row_type;
-  post.fields[kFieldRowBytes] = sizes.row_bytes;
-  post.fields[kFieldScaleBytes] = sizes.scale_bytes;
-  post.fields[kFieldNumTopk] = by_expert ? 0 : sizes.num_topk;  // own matter in expert-major
-  post.fields[kFieldWeightBytes] = sizes.weight_bytes;
-  post.fields[kFieldAlignment] = sizes.expert_alignment;
-  post.fields[kFieldHasCapacity] = sizes.capacity >= 0;
-  post.fields[kFieldHandle] = sizes.handle_seq;
+  fill_fields(op, sizes, post.fields);
   post.capacity = sizes.capacity;
   return post;
 }

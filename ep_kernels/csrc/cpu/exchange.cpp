@@ -6,37 +6,6 @@
 #include <cstring>
 
 namespace ep::cpu {
-namespace {
-
-const char* op_name(int64_t op) {
-  switch (static_cast<Op>(op)) {
-    case Op::kDispatch:
-      return "dispatch";
-    case Op::kCachedDispatch:
-      return "dispatch with a cached handle";
-    case Op::kCombine:
-      return "combine";
-    case Op::kBarrier:
-      return "barrier";
-    case Op::kRefused:
-      return "a refused call";
-  }
-  return "unknown";
-}
-
-std::string field_value(int field, int64_t value) {
-  if (field == kFieldOp) return op_name(value);
-  if (field == kFieldLayout) return value == 0 ? "RANK_MAJOR" : "EXPERT_MAJOR";
-  if (field == kFieldHasCapacity) return value == 0 ? "no" : "yes";
-  if (field == kFieldRowType) {
-    constexpr const char* kNames[] = {"bfloat16", "float16", "float32", "float64", "float8_e4m3fn"};
-    if (value >= 0 && value < 5) return kNames[value];
-  }
-  return std::to_string(value);
-}
-
-}  // namespace
-
 Exchange::Exchange(const Config& config)
     : config_(config), layout_(config.num_ranks, config.num_experts), segments_(config.num_ranks) {
   const size_t num_bytes = layout_.num_bytes + static_cast<size_t>(config.pool_bytes);
@@ -201,9 +170,7 @@ void Exchange::check_agreement(uint64_t seq) const {
   for (int src = 1; src < config_.num_ranks; ++src)
     for (int field = 0; field < kNumPostFields; ++field) {
       const int64_t here = post(seq, 0).fields[field], there = post(seq, src).fields[field];
-      EP_CHECK_AGREED(here == there, "ranks disagree on the ", kPostFieldNames[field],
-                      ": rank 0 has ", field_value(field, here), ", rank ", src, " has ",
-                      field_value(field, there));
+      EP_CHECK_AGREED(here == there, disagreement(field, here, src, there));
     }
 }
 

@@ -1,0 +1,75 @@
+"""The compiled CUDA core, seen through its C interface (`csrc/bindings/cuda_api.h`)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import (
+    POINTER,
+    Structure,
+    c_char_p,
+    c_int32,
+    c_int64,
+    c_uint8,
+    c_void_p,
+)
+
+from ep_kernels._native import (
+    LIB_DIR,
+    CombineArgs,
+    DispatchArgs,
+    ErrorRecord,
+    Routing,
+    Signatures,
+    Sizes,
+    load_library,
+)
+
+CUDA_LIBRARY = LIB_DIR / "libep_cuda.so"
+HANDLE_BYTES = 64
+
+
+class CudaConfig(Structure):
+    _fields_ = [
+        ("device", c_int32),
+        ("rank", c_int32),
+        ("num_ranks", c_int32),
+        ("num_experts", c_int32),
+        ("expert_rank", c_void_p),
+        ("pool_bytes", c_int64),
+        ("timeout_us", c_int64),
+    ]
+
+
+MIRRORS = (ErrorRecord, CudaConfig, Sizes, Routing, DispatchArgs, CombineArgs)
+
+_ERROR, _CALL, _OUT = POINTER(ErrorRecord), POINTER(c_int64), POINTER(c_void_p)
+_DISPATCH, _COMBINE = POINTER(DispatchArgs), POINTER(CombineArgs)
+_SIGNATURES: Signatures = {
+    "ep_cuda_abi_sizes": (None, [POINTER(c_int32)]),
+    "ep_cuda_buffer_create": (c_int32, [POINTER(CudaConfig), _OUT, POINTER(c_uint8), _ERROR]),
+    "ep_cuda_buffer_attach": (c_int32, [c_void_p, c_char_p, _ERROR]),
+    "ep_cuda_buffer_destroy": (c_int32, [c_void_p, _ERROR]),
+    "ep_cuda_buffer_delete": (None, [c_void_p]),
+    "ep_cuda_block_allocate": (c_int32, [c_void_p, c_int64, _OUT, _OUT, POINTER(c_int64), _ERROR]),
+    "ep_cuda_block_free": (None, [c_void_p]),
+    "ep_cuda_pool_stats": (None, [c_void_p, POINTER(c_int64)]),
+    "ep_cuda_scratch_elements": (c_int64, [c_void_p, c_int64]),
+    "ep_cuda_notify": (c_int32, [c_void_p, _DISPATCH, c_void_p, c_void_p, _CALL, _ERROR]),
+    "ep_cuda_wait_sizes": (
+        c_int32,
+        [c_void_p, c_int64, c_void_p, POINTER(c_int64), c_void_p, c_void_p, _ERROR],
+    ),
+    "ep_cuda_send": (c_int32, [c_void_p, c_int64, _DISPATCH, c_int32, c_void_p, _ERROR]),
+    "ep_cuda_dispatch": (c_int32, [c_void_p, _DISPATCH, c_void_p, c_void_p, _CALL, _ERROR]),
+    "ep_cuda_combine": (c_int32, [c_void_p, _COMBINE, c_void_p, _CALL, _ERROR]),
+    "ep_cuda_barrier": (c_int32, [c_void_p, c_void_p, _CALL, _ERROR]),
+    "ep_cuda_refuse": (c_int32, [c_void_p, c_char_p, c_void_p, _CALL, _ERROR]),
+    "ep_cuda_check": (c_int32, [c_void_p, c_int64, POINTER(c_int32), _ERROR]),
+}
+
+
+@functools.cache
+def cuda_library() -> ctypes.CDLL:
+    """Loads the CUDA core. Raises EPDeviceError if it is not built or does not belong here."""
+    return load_library(CUDA_LIBRARY, _SIGNATURES, "ep_cuda_abi_sizes", MIRRORS)

@@ -1,0 +1,133 @@
+#include "bindings/cuda_api.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <string>
+
+#include "cuda/buffer.h"
+#include "cuda/kernels.h"
+
+using ep::guarded;
+
+struct EpCudaBuffer {
+  explicit EpCudaBuffer(const ep::cuda::Buffer::Config& config) : impl(config) {}
+  ep::cuda::Buffer impl;
+};
+
+struct EpCudaBlock {
+  std::shared_ptr<ep::cuda::Pool> pool;
+  int64_t offset;
+};
+
+namespace {
+
+cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
+
+}  // namespace
+
+void ep_cuda_abi_sizes(int32_t sizes[6]) {
+  sizes[0] = sizeof(EpError);
+  sizes[1] = sizeof(EpCudaConfig);
+  sizes[2] = sizeof(ep::HtSizes);
+  sizes[3] = sizeof(ep::HtRouting);
+  sizes[4] = sizeof(ep::HtDispatchArgs);
+  sizes[5] = sizeof(ep::HtCombineArgs);
+}
+
+int32_t ep_cuda_buffer_create(const EpCudaConfig* config, EpCudaBuffer** buffer, uint8_t* handle,
+                              EpError* error) {
+  return guarded(error, [&] {
+    ep::cuda::Buffer::Config created{config->device,     config->rank,       config->num_ranks,
+                                     config->pool_bytes, config->timeout_us, {}};
+    created.expert_rank.assign(config->expert_rank, config->expert_rank + config->num_experts);
+    auto made = std::make_unique<EpCudaBuffer>(created);
+    const cudaIpcMemHandle_t memory = made->impl.memory_handle();
+    std::memcpy(handle, &memory, sizeof(memory));
+    *buffer = made.release();
+  });
+}
+
+int32_t ep_cuda_buffer_attach(EpCudaBuffer* buffer, const uint8_t* handles, EpError* error) {
+  return guarded(
+      error, [&] { buffer->impl.attach(reinterpret_cast<const cudaIpcMemHandle_t*>(handles)); });
+}
+
+int32_t ep_cuda_buffer_destroy(EpCudaBuffer* buffer, EpError* error) {
+  return guarded(error, [&] { buffer->impl.destroy(); });
+}
+
+void ep_cuda_buffer_delete(EpCudaBuffer* buffer) { delete buffer; }
+
+int32_t ep_cuda_block_allocate(EpCudaBuffer* buffer, int64_t num_bytes, EpCudaBlock** block,
+                               void** address, int64_t* offset, EpError* error) {
+  return guarded(error, [&] {
+    const auto& pool = buffer->impl.pool();
+    *offset = pool->allocator.allocate(num_bytes);
+    *block = new EpCudaBlock{pool, *offset};
+    *address = buffer->impl.pool_base() + *offset;
+  });
+}
+
+void ep_cuda_block_free(EpCudaBlock* block) {
+  block->pool->allocator.free(block->offset);
+  delete block;
+}
+
+void ep_cuda_pool_stats(EpCudaBuffer* buffer, int64_t stats[3]) {
+  const ep::PoolAllocator& allocator = buffer->impl.pool()->allocator;
+  stats[0] = allocator.num_live();
+  stats[1] = allocator.used_bytes();
+  stats[2] = allocator.peak_bytes();
+}
+
+int64_t ep_cuda_scratch_elements(EpCudaBuffer* buffer, int64_t num_tokens) {
+  return buffer->impl.scratch_elements(num_tokens);
+}
+
+int32_t ep_cuda_notify(EpCudaBuffer* buffer, const ep::HtDispatchArgs* args, int32_t* scratch,
+                       void* stream, int64_t* call, EpError* error) {
+  return guarded(error, [&] { *call = buffer->impl.notify(*args, scratch, as_stream(stream)); });
+}
+
+int32_t ep_cuda_wait_sizes(EpCudaBuffer* buffer, int64_t call, void* stream, int64_t sizes[3],
+                           int64_t* num_recv_tokens_per_expert, int64_t* expert_offsets,
+                           EpError* error) {
+  return guarded(error, [&] {
+    const ep::cuda::CallRecord& found = buffer->impl.wait_sizes(call, as_stream(stream));
+    const int num_local = buffer->impl.num_local_experts();
+    std::copy_n(found.recv_sizes, 3, sizes);
+    std::copy_n(found.num_recv_tokens_per_expert, num_local, num_recv_tokens_per_expert);
+    std::copy_n(found.expert_offsets, num_local + 1, expert_offsets);
+  });
+}
+
+int32_t ep_cuda_send(EpCudaBuffer* buffer, int64_t call, const ep::HtDispatchArgs* args,
+                     int32_t has_memory, void* stream, EpError* error) {
+  return guarded(error,
+                 [&] { buffer->impl.send(call, *args, has_memory != 0, as_stream(stream)); });
+}
+
+int32_t ep_cuda_dispatch(EpCudaBuffer* buffer, const ep::HtDispatchArgs* args, int32_t* scratch,
+                         void* stream, int64_t* call, EpError* error) {
+  return guarded(error, [&] { *call = buffer->impl.dispatch(*args, scratch, as_stream(stream)); });
+}
+
+int32_t ep_cuda_combine(EpCudaBuffer* buffer, const ep::HtCombineArgs* args, void* stream,
+                        int64_t* call, EpError* error) {
+  return guarded(error, [&] { *call = buffer->impl.combine(*args, as_stream(stream)); });
+}
+
+int32_t ep_cuda_barrier(EpCudaBuffer* buffer, void* stream, int64_t* call, EpError* error) {
+  return guarded(error, [&] { *call = buffer->impl.barrier(as_stream(stream)); });
+}
+
+int32_t ep_cuda_refuse(EpCudaBuffer* buffer, const char* reason, void* stream, int64_t* call,
+                       EpError* error) {
+  return guarded(error, [&] { *call = buffer->impl.refuse(reason, as_stream(stream)); });
+}
+
+int32_t ep_cuda_check(EpCudaBuffer* buffer, int64_t call, int32_t* is_finished, EpError* error) {
+  *is_finished = 1;
+  return guarded(error, [&] { *is_finished = buffer->impl.check(call); });
+}

@@ -1,0 +1,58 @@
+#pragma once
+
+#include <stdint.h>
+
+#include "bindings/status.h"
+#include "core/ht_args.h"
+
+// The C interface of the CUDA core, called from Python through ctypes (ep_kernels/_native_cuda.py).
+// Calls enqueue work on `stream` (a cudaStream_t) and return their number, for ep_cuda_check().
+
+struct EpCudaBuffer;
+struct EpCudaBlock;
+
+struct EpCudaConfig {
+  int32_t device, rank, num_ranks, num_experts;
+  const int32_t* expert_rank;  // [num_experts]
+  int64_t pool_bytes;
+  int64_t timeout_us;
+};
+
+/// Sizes of EpError, EpCudaConfig, HtSizes, HtRouting, HtDispatchArgs, HtCombineArgs.
+EP_API void ep_cuda_abi_sizes(int32_t sizes[6]);
+
+/// `handle`: 64 bytes that peers need to map this rank's memory.
+EP_API int32_t ep_cuda_buffer_create(const EpCudaConfig* config, EpCudaBuffer** buffer,
+                                     uint8_t* handle, EpError* error);
+/// `handles`: [num_ranks, 64].
+EP_API int32_t ep_cuda_buffer_attach(EpCudaBuffer* buffer, const uint8_t* handles, EpError* error);
+EP_API int32_t ep_cuda_buffer_destroy(EpCudaBuffer* buffer, EpError* error);
+EP_API void ep_cuda_buffer_delete(EpCudaBuffer* buffer);
+
+EP_API int32_t ep_cuda_block_allocate(EpCudaBuffer* buffer, int64_t num_bytes, EpCudaBlock** block,
+                                      void** address, int64_t* offset, EpError* error);
+EP_API void ep_cuda_block_free(EpCudaBlock* block);
+EP_API void ep_cuda_pool_stats(EpCudaBuffer* buffer, int64_t stats[3]);
+
+/// int32 elements of the scratch memory of a fresh dispatch.
+EP_API int64_t ep_cuda_scratch_elements(EpCudaBuffer* buffer, int64_t num_tokens);
+
+EP_API int32_t ep_cuda_notify(EpCudaBuffer* buffer, const ep::HtDispatchArgs* args,
+                              int32_t* scratch, void* stream, int64_t* call, EpError* error);
+/// sizes: as HtRouting::recv_sizes; then [L] and, expert-major, [L + 1] as in HtRouting.
+EP_API int32_t ep_cuda_wait_sizes(EpCudaBuffer* buffer, int64_t call, void* stream,
+                                  int64_t sizes[3], int64_t* num_recv_tokens_per_expert,
+                                  int64_t* expert_offsets, EpError* error);
+EP_API int32_t ep_cuda_send(EpCudaBuffer* buffer, int64_t call, const ep::HtDispatchArgs* args,
+                            int32_t has_memory, void* stream, EpError* error);
+EP_API int32_t ep_cuda_dispatch(EpCudaBuffer* buffer, const ep::HtDispatchArgs* args,
+                                int32_t* scratch, void* stream, int64_t* call, EpError* error);
+EP_API int32_t ep_cuda_combine(EpCudaBuffer* buffer, const ep::HtCombineArgs* args, void* stream,
+                               int64_t* call, EpError* error);
+EP_API int32_t ep_cuda_barrier(EpCudaBuffer* buffer, void* stream, int64_t* call, EpError* error);
+EP_API int32_t ep_cuda_refuse(EpCudaBuffer* buffer, const char* reason, void* stream, int64_t* call,
+                              EpError* error);
+
+/// Reports the error of a finished call; `is_finished` 0 while it runs.
+EP_API int32_t ep_cuda_check(EpCudaBuffer* buffer, int64_t call, int32_t* is_finished,
+                             EpError* error);

@@ -1,0 +1,332 @@
+#include "cuda/buffer.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <thread>
+
+#include "core/check.h"
+#include "cuda/check_cuda.h"
+#include "cuda/kernels.h"
+
+namespace ep::cuda {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+/// Makes a device current for a scope.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    EP_CHECK_CUDA(cudaGetDevice(&previous_));
+    if (previous_ != device) EP_CHECK_CUDA(cudaSetDevice(device));
+  }
+  ~DeviceGuard() { cudaSetDevice(previous_); }
+
+ private:
+  int previous_ = 0;
+};
+
+template <typename T>
+void allocate_device(T** memory, size_t num_bytes) {
+  void* address = nullptr;
+  EP_CHECK_CUDA(cudaMalloc(&address, num_bytes));
+  *memory = static_cast<T*>(address);
+}
+
+Offer recv_offer(const HtDispatchArgs& args) {
+  return {0, args.recv_x, args.recv_scales, args.recv_topk_idx, args.recv_topk_weights};
+}
+
+std::string bad_choice(const CallRecord& record, int num_experts) {
+  const auto& [token, k, expert, unused] = record.detail;
+  (void)unused;
+  if (static_cast<CallStatus>(record.status) == CallStatus::kTwice)
+    return concat("topk_idx[", token, "] chooses expert ", expert,
+                  " twice, the second time at position ", k);
+  return concat("topk_idx[", token, ", ", k, "]=", expert,
+                " is outside [-1, num_experts=", num_experts, ")");
+}
+
+}  // namespace
+
+Pool::Pool(int on_device, int64_t control_bytes, int64_t pool_bytes)
+    : device(on_device), allocator(pool_bytes) {
+  DeviceGuard guard(device);
+  allocate_device(&segment, static_cast<size_t>(control_bytes + pool_bytes));
+  EP_CHECK_CUDA(cudaMemset(segment, 0, static_cast<size_t>(control_bytes)));
+}
+
+Pool::~Pool() {
+  int previous = 0;
+  cudaGetDevice(&previous);
+  cudaSetDevice(device);
+  cudaFree(segment);
+  cudaSetDevice(previous);
+}
+
+Buffer::Buffer(const Config& config) : config_(config) {
+  EP_CHECK(config.num_ranks <= kMaxRanks, "group: ", config.num_ranks, " ranks, the limit is ",
+           kMaxRanks);
+  DeviceGuard guard(config.device);
+  control_bytes_ = static_cast<int64_t>(ControlLayout(config.num_ranks, num_experts()).num_bytes);
+  pool_ = std::make_shared<Pool>(config.device, control_bytes_, config.pool_bytes);
+
+  std::vector<int32_t> tables(config.expert_rank), num_local(config.num_ranks, 0);
+  for (const int32_t rank : config.expert_rank) tables.push_back(num_local[rank]++);
+  EP_CHECK(num_local[config.rank] <= kMaxLocalExperts, "num_experts=", num_experts(), ": rank ",
+           config.rank, " owns ", num_local[config.rank], ", the limit is ", kMaxLocalExperts);
+  allocate_device(&expert_tables_, tables.size() * sizeof(int32_t));
+  EP_CHECK_CUDA(cudaMemcpy(expert_tables_, tables.data(), tables.size() * sizeof(int32_t),
+                           cudaMemcpyHostToDevice));
+  LocalState state{};
+  state.bad_choice[0] = INT64_MAX;
+  allocate_device(&group_.state, sizeof(LocalState));
+  EP_CHECK_CUDA(cudaMemcpy(group_.state, &state, sizeof(LocalState), cudaMemcpyHostToDevice));
+  void* records = nullptr;
+  EP_CHECK_CUDA(cudaHostAlloc(&records, kNumRecords * sizeof(CallRecord), cudaHostAllocMapped));
+  records_ = static_cast<CallRecord*>(records);
+  for (int i = 0; i < kNumRecords; ++i) {
+    records_[i] = CallRecord{};
+    records_[i].status = static_cast<int32_t>(CallStatus::kOk);
+  }
+
+  group_.rank = config.rank;
+  group_.num_ranks = config.num_ranks;
+  group_.num_experts = num_experts();
+  group_.num_local_experts = num_local[config.rank];
+  group_.placement = {expert_tables_, expert_tables_ + num_experts()};
+  group_.timeout_ns = static_cast<uint64_t>(config.timeout_us) * 1000;
+  group_.segments[config.rank] = pool_->segment;
+}
+
+Buffer::~Buffer() {
+  try {
+    destroy();
+  } catch (const Error&) {
+    // A dead context cannot be left in better order.
+  }
+}
+
+cudaIpcMemHandle_t Buffer::memory_handle() const {
+  DeviceGuard guard(config_.device);
+  cudaIpcMemHandle_t handle;
+  EP_CHECK_CUDA(cudaIpcGetMemHandle(&handle, pool_->segment));
+  return handle;
+}
+
+void Buffer::attach(const cudaIpcMemHandle_t* handles) {
+  DeviceGuard guard(config_.device);
+  for (int peer = 0; peer < config_.num_ranks; ++peer) {
+    if (peer == config_.rank) continue;
+    void* segment = nullptr;
+    EP_CHECK_CUDA(cudaIpcOpenMemHandle(&segment, handles[peer], cudaIpcMemLazyEnablePeerAccess));
+    group_.segments[peer] = static_cast<uint8_t*>(segment);
+  }
+}
+
+void Buffer::destroy() {
+  if (is_destroyed_) return;
+  is_destroyed_ = true;
+  DeviceGuard guard(config_.device);
+  EP_CHECK_CUDA(cudaDeviceSynchronize());
+  const ControlLayout layout = group_.layout();
+  const uint32_t departed = 1;
+  const size_t offset =
+      layout.peer_lines + config_.rank * sizeof(PeerLine) + offsetof(PeerLine, departed);
+  for (int peer = 0; peer < config_.num_ranks; ++peer) {
+    uint8_t* segment = group_.segments[peer];
+    if (peer == config_.rank || segment == nullptr) continue;
+    EP_CHECK_CUDA(
+        cudaMemcpy(segment + offset, &departed, sizeof(departed), cudaMemcpyHostToDevice));
+    EP_CHECK_CUDA(cudaIpcCloseMemHandle(segment));
+    group_.segments[peer] = nullptr;
+  }
+  EP_CHECK_CUDA(cudaFree(group_.state));
+  EP_CHECK_CUDA(cudaFree(expert_tables_));
+  EP_CHECK_CUDA(cudaFreeHost(records_));
+}
+
+void Buffer::check_usable() const {
+  EP_CHECK(!is_destroyed_, "this buffer was destroyed and cannot be used any more");
+  if (!failure_.empty())
+    throw DeviceError("this buffer failed and cannot be used any more: " + failure_);
+}
+
+int64_t Buffer::new_call() {
+  CallRecord& record = *record_of(num_calls_);
+  const auto deadline = Clock::now() + std::chrono::microseconds(2 * config_.timeout_us);
+  while (__atomic_load_n(&record.status, __ATOMIC_ACQUIRE) ==
+         static_cast<int32_t>(CallStatus::kRunning)) {
+    if (Clock::now() > deadline)
+      throw DeviceError(concat("call ", num_calls_ - kNumRecords, " is still under way after ",
+                               2e-6 * static_cast<double>(config_.timeout_us),
+                               " s and holds a record that a new call needs"));
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+  }
+  record.has_sizes = 0;
+  __atomic_store_n(&record.status, static_cast<int32_t>(CallStatus::kRunning), __ATOMIC_RELEASE);
+  return num_calls_++;
+}
+
+PostArgs Buffer::make_post(Op op, const HtSizes& sizes) const {
+  PostArgs post{};
+  fill_fields(op, sizes, post.fields);
+  post.capacity = sizes.capacity;
+  return post;
+}
+
+int64_t Buffer::scratch_elements(int64_t num_tokens) const {
+  return (num_chunks(num_tokens) + 1) * (config_.num_ranks + num_experts());
+}
+
+int64_t Buffer::notify(const HtDispatchArgs& args, int32_t* scratch, cudaStream_t stream) {
+  check_usable();
+  validate(args);
+  DeviceGuard guard(config_.device);
+  const int64_t call = new_call();
+  launch_count(group_, args, scratch, stream);
+  launch_notify(group_, args, make_post(Op::kDispatch, args.sizes), scratch, record_of(call),
+                stream);
+  launch_plan(group_, args, scratch, stream);
+  return call;
+}
+
+const CallRecord& Buffer::wait_sizes(int64_t call, cudaStream_t stream) {
+  DeviceGuard guard(config_.device);
+  CallRecord& record = *record_of(call);
+  const auto start = Clock::now();
+  const auto deadline = start + std::chrono::microseconds(3 * config_.timeout_us);
+  constexpr auto kSpin = std::chrono::microseconds(2000);
+  while (__atomic_load_n(&record.has_sizes, __ATOMIC_ACQUIRE) == 0) {
+    const auto now = Clock::now();
+    if (now - start < kSpin) continue;
+    std::this_thread::sleep_for(std::chrono::microseconds(20));
+    const cudaError_t state = cudaStreamQuery(stream);
+    if (state == cudaErrorNotReady && now < deadline) continue;
+    if (state != cudaSuccess && state != cudaErrorNotReady) EP_CHECK_CUDA(state);
+    break;  // the kernel has returned without sizes, or nothing moves
+  }
+  if (__atomic_load_n(&record.has_sizes, __ATOMIC_ACQUIRE) == kSizesValid) return record;
+  launch_finish(group_, &record, stream);
+  EP_CHECK_CUDA(cudaStreamSynchronize(stream));
+  check(call);
+  throw DeviceError("the exchange of counts ended without a result");
+}
+
+void Buffer::send(int64_t call, const HtDispatchArgs& args, bool has_memory, cudaStream_t stream) {
+  DeviceGuard guard(config_.device);
+  Offer offer = recv_offer(args);
+  offer.failed = !has_memory;
+  launch_offer(group_, offer, record_of(call), stream);
+  launch_send(group_, args, stream);
+  launch_pad(group_, args, stream);
+  launch_finish(group_, record_of(call), stream);
+}
+
+int64_t Buffer::dispatch(const HtDispatchArgs& args, int32_t* scratch, cudaStream_t stream) {
+  check_usable();
+  validate(args);
+  DeviceGuard guard(config_.device);
+  const int64_t call = new_call();
+  const bool is_fresh = args.sizes.handle_seq < 0;
+  PostArgs post = make_post(is_fresh ? Op::kDispatch : Op::kCachedDispatch, args.sizes);
+  post.offer = recv_offer(args);
+  if (is_fresh) {
+    launch_count(group_, args, scratch, stream);
+    launch_notify(group_, args, post, scratch, record_of(call), stream);
+    launch_plan(group_, args, scratch, stream);
+  } else {
+    launch_post(group_, post, record_of(call), stream);
+  }
+  launch_send(group_, args, stream);
+  launch_pad(group_, args, stream);
+  launch_finish(group_, record_of(call), stream);
+  return call;
+}
+
+int64_t Buffer::combine(const HtCombineArgs& args, cudaStream_t stream) {
+  check_usable();
+  validate(args);
+  DeviceGuard guard(config_.device);
+  const int64_t call = new_call();
+  const bool by_expert = static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor;
+  const int64_t weights_per_row = by_expert ? 1 : args.sizes.num_topk;
+  if (args.stage_x && args.num_rows > 0)
+    EP_CHECK_CUDA(cudaMemcpyAsync(pool_base() + args.pool_x, args.x,
+                                  static_cast<size_t>(args.num_rows * args.sizes.row_bytes),
+                                  cudaMemcpyDeviceToDevice, stream));
+  if (args.stage_topk_weights && args.num_rows > 0)
+    EP_CHECK_CUDA(cudaMemcpyAsync(
+        pool_base() + args.pool_topk_weights, args.topk_weights,
+        static_cast<size_t>(args.num_rows * weights_per_row * args.sizes.weight_bytes),
+        cudaMemcpyDeviceToDevice, stream));
+  PostArgs post = make_post(Op::kCombine, args.sizes);
+  post.offer.x = args.pool_x;
+  post.offer.topk_weights = args.pool_topk_weights;
+  launch_post(group_, post, record_of(call), stream);
+  launch_reduce(group_, args, stream);
+  launch_finish(group_, record_of(call), stream);
+  return call;
+}
+
+int64_t Buffer::barrier(cudaStream_t stream) {
+  check_usable();
+  DeviceGuard guard(config_.device);
+  const int64_t call = new_call();
+  launch_post(group_, make_post(Op::kBarrier, HtSizes{}), record_of(call), stream);
+  launch_finish(group_, record_of(call), stream);
+  return call;
+}
+
+int64_t Buffer::refuse(const std::string& reason, cudaStream_t stream) {
+  check_usable();
+  DeviceGuard guard(config_.device);
+  const int64_t call = new_call();
+  PostArgs post{};
+  post.fields[kFieldOp] = static_cast<int64_t>(Op::kRefused);
+  post.has_text = 1;
+  std::memcpy(post.text, reason.data(), std::min(reason.size(), size_t{kMaxText - 1}));
+  launch_post(group_, post, record_of(call), stream);
+  launch_finish(group_, record_of(call), stream);
+  return call;
+}
+
+bool Buffer::check(int64_t call) {
+  if (num_calls_ - call > kNumRecords) return true;
+  const CallRecord& record = *record_of(call);
+  const auto status = static_cast<CallStatus>(__atomic_load_n(&record.status, __ATOMIC_ACQUIRE));
+  if (status == CallStatus::kRunning) return false;
+  if (status != CallStatus::kOk) throw_error(record);
+  return true;
+}
+
+void Buffer::throw_error(const CallRecord& record) {
+  const bool is_own = record.rank == config_.rank;
+  const std::string who = is_own ? "" : concat("rank ", record.rank, " refused this call: ");
+  switch (static_cast<CallStatus>(record.status)) {
+    case CallStatus::kDisagree:
+      throw DisagreementError(disagreement(static_cast<int>(record.detail[0]), record.detail[1],
+                                           record.rank, record.detail[2]));
+    case CallStatus::kRefused:
+      throw DisagreementError(who + record.text);
+    case CallStatus::kBadExpert:
+    case CallStatus::kTwice:
+      throw DisagreementError(who + bad_choice(record, num_experts()));
+    case CallStatus::kNoMemory:
+      throw DeviceError(concat("rank ", record.rank, " has no memory for its rows"));
+    case CallStatus::kTimeout: {
+      const TimeoutRecord& timeout = record.timeout;
+      const std::string message = concat(
+          "rank ", timeout.rank, " waited up to ", static_cast<double>(config_.timeout_us) * 1e-6,
+          " s for rank ", timeout.peer, " ", phase_name(static_cast<Phase>(timeout.phase)),
+          ": expected ", timeout.expected, ", seen ", timeout.seen);
+      failure_ = message;
+      throw TimeoutError(message, timeout);
+    }
+    default:
+      throw DeviceError("this buffer failed and cannot be used any more: " + failure_);
+  }
+}
+
+}  // namespace ep::cuda

@@ -1,0 +1,164 @@
+// High-throughput combine on the GPU.
+//
+//   reduce   each warp   list the rows of a token in the order of addition      list_rows
+//                        read them from their ranks, add, add biases, round     reduce_token
+//                        weights of the choices                                 collect_weights
+
+#include <algorithm>
+
+#include "core/math.h"
+#include "core/types.h"
+#include "cuda/check_cuda.h"
+#include "cuda/device/elements.cuh"
+#include "cuda/kernels.h"
+#include "cuda/protocol.cuh"
+
+namespace ep::cuda {
+namespace {
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kNumThreads = 1024;
+constexpr int kNumWarps = kNumThreads / kWarpSize;
+constexpr int kRowsAtOnce = 8;
+
+__device__ bool is_expert_major(const HtCombineArgs& args) {
+  return static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor;
+}
+
+__device__ const uint8_t* rows_of(const DeviceGroup& group, const HtCombineArgs& args, int rank) {
+  return rank == group.rank ? args.x : group.pool(rank) + group.state->offers[rank].x;
+}
+
+/// Fills list[] with the addresses of the token's rows, in the order of addition: expert-major as
+/// in topk_idx, rank-major by rank. All lanes; returns how many.
+__device__ int list_rows(const DeviceGroup& group, const HtCombineArgs& args, int64_t token,
+                         int lane, const uint4** list) {
+  const int num_topk = args.sizes.num_topk;
+  const int64_t* choices = args.routing.topk_idx + token * num_topk;
+  const int32_t* rows = args.routing.rows + token * num_topk;
+  const bool by_expert = is_expert_major(args);
+  int count = 0;
+  for (int first = 0; first < num_topk; first += kWarpSize) {
+    const int k = first + lane;
+    const int32_t row = k < num_topk ? rows[k] : -1;
+    const int rank = row < 0 ? -1 : group.placement.rank_of[choices[k]];
+    const bool is_listed =
+        row >= 0 && (by_expert || is_first_choice_on_rank(group.placement, choices, k));
+    const unsigned listed = __ballot_sync(kAllLanes, is_listed);
+    int position = count + __popc(listed & ((1u << lane) - 1));
+    if (!by_expert && is_listed) {
+      position = 0;  // rows of lower ranks come first
+      for (int other = 0; other < num_topk; ++other)
+        position += rows[other] >= 0 && group.placement.rank_of[choices[other]] < rank &&
+                    is_first_choice_on_rank(group.placement, choices, other);
+    }
+    if (is_listed)
+      list[position] =
+          reinterpret_cast<const uint4*>(rows_of(group, args, rank) + row * args.sizes.row_bytes);
+    count += __popc(listed);
+  }
+  __syncwarp();
+  return count;
+}
+
+template <typename Element>
+__device__ void reduce_token(const HtCombineArgs& args, int64_t token, int lane,
+                             const uint4* const* list, int count) {
+  using Acc = typename Element::Acc;
+  const int num_vectors = static_cast<int>(args.sizes.row_bytes / sizeof(uint4));
+  const auto row_of = [&](const uint8_t* base) {
+    return reinterpret_cast<const uint4*>(base + token * args.sizes.row_bytes);
+  };
+  auto* out = reinterpret_cast<uint4*>(args.out + token * args.sizes.row_bytes);
+  for (int i = lane; i < num_vectors; i += kWarpSize) {
+    Acc sum[Element::kPerVector] = {};
+    for (int first = 0; first < count; first += kRowsAtOnce) {
+      uint4 parts[kRowsAtOnce];
+#pragma unroll
+      for (int row = 0; row < kRowsAtOnce; ++row)
+        if (first + row < count) parts[row] = load_once(list[first + row] + i);
+#pragma unroll
+      for (int row = 0; row < kRowsAtOnce; ++row)
+        if (first + row < count) Element::add(sum, parts[row]);
+    }
+#pragma unroll
+    for (int bias = 0; bias < 2; ++bias)
+      if (args.bias[bias]) Element::add(sum, load_once(row_of(args.bias[bias]) + i));
+    store_once(out + i, Element::store(sum));
+  }
+}
+
+__device__ void collect_weights(const DeviceGroup& group, const HtCombineArgs& args, int64_t token,
+                                int lane) {
+  const int num_topk = args.sizes.num_topk, weight_bytes = args.sizes.weight_bytes;
+  for (int k = lane; k < num_topk; k += kWarpSize) {
+    const int64_t choice = token * num_topk + k, row = args.routing.rows[choice];
+    uint64_t value = 0;
+    if (row >= 0) {
+      const int rank = group.placement.rank_of[args.routing.topk_idx[choice]];
+      const uint8_t* weights = rank == group.rank
+                                   ? args.topk_weights
+                                   : group.pool(rank) + group.state->offers[rank].topk_weights;
+      const int64_t element = is_expert_major(args) ? row : row * num_topk + k;
+      value = weight_bytes == 4 ? reinterpret_cast<const uint32_t*>(weights)[element]
+                                : reinterpret_cast<const uint64_t*>(weights)[element];
+    }
+    if (weight_bytes == 4)
+      reinterpret_cast<uint32_t*>(args.out_topk_weights)[choice] = static_cast<uint32_t>(value);
+    else
+      reinterpret_cast<uint64_t*>(args.out_topk_weights)[choice] = value;
+  }
+}
+
+template <typename Element>
+__global__ void __launch_bounds__(kNumThreads, 1)
+    reduce_kernel(const __grid_constant__ DeviceGroup group,
+                  const __grid_constant__ HtCombineArgs args) {
+  if (!is_running(group)) return;
+  extern __shared__ const uint4* shared_lists[];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int num_warps = blockDim.x / kWarpSize;
+  const uint4** list = shared_lists + warp * args.sizes.num_topk;
+  for (int64_t token = int64_t{blockIdx.x} * num_warps + warp; token < args.sizes.num_tokens;
+       token += int64_t{gridDim.x} * num_warps) {
+    const int count = list_rows(group, args, token, lane, list);
+    reduce_token<Element>(args, token, lane, list, count);
+    if (args.out_topk_weights) collect_weights(group, args, token, lane);
+    __syncwarp();
+  }
+}
+
+template <typename Element>
+void launch(const DeviceGroup& group, const HtCombineArgs& args, cudaStream_t stream) {
+  constexpr int kMaxShared = 160 << 10;
+  const int list_bytes = static_cast<int>(sizeof(uint4*)) * std::max(1, args.sizes.num_topk);
+  const int num_warps = std::clamp(kMaxShared / list_bytes, 1, kNumWarps);
+  const int shared_bytes = num_warps * list_bytes;
+  EP_CHECK_CUDA(cudaFuncSetAttribute(reduce_kernel<Element>,
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  reduce_kernel<Element>
+      <<<args.sizes.num_threads, num_warps * kWarpSize, shared_bytes, stream>>>(group, args);
+  EP_CHECK_CUDA(cudaGetLastError());
+}
+
+}  // namespace
+
+void launch_reduce(const DeviceGroup& group, const HtCombineArgs& args, cudaStream_t stream) {
+  if (args.sizes.num_tokens == 0) return;
+  switch (static_cast<RowType>(args.sizes.row_type)) {
+    case RowType::kBF16:
+      return launch<BF16>(group, args, stream);
+    case RowType::kFP16:
+      return launch<FP16>(group, args, stream);
+    case RowType::kFP32:
+      return launch<FP32>(group, args, stream);
+    case RowType::kFP64:
+      return launch<FP64>(group, args, stream);
+    case RowType::kFP8:
+      break;
+  }
+  throw ConfigError("x: FP8 rows cannot be combined");
+}
+
+}  // namespace ep::cuda

@@ -1,0 +1,337 @@
+// Where every row goes, computed by all ranks alike.
+//
+//   count    each block   masks of the tokens that chose an expert, a rank; their sizes
+//   count_kernel notify   one block    chunk counts -> first rows within this rank scan_chunks
+//                         counts to all ranks, counts of all ranks                        exchange
+//                         first rows of this rank on every rank, sizes of own results     place_*
+//   plan     each block   row of each choice = first row of its chunk + tokens before it
+//   plan_kernel
+
+#include <algorithm>
+
+#include "core/math.h"
+#include "core/types.h"
+#include "cuda/check_cuda.h"
+#include "cuda/kernels.h"
+#include "cuda/protocol.cuh"
+
+namespace ep::cuda {
+namespace {
+
+constexpr int kMaskWords = kChunkTokens / 32;
+constexpr int kNumThreads = 256;
+constexpr int kNotifyThreads = 1024;
+constexpr int64_t kNoBadChoice = INT64_MAX;
+
+/// For every column (rank, then expert) the set of the chunk's tokens that chose it, in shared
+/// memory: [num_ranks + num_experts, kMaskWords].
+struct ChunkMasks {
+  uint32_t* words;
+
+  __device__ bool insert(int column, int token) {
+    const uint32_t bit = 1u << (token % 32);
+    return (atomicOr(&words[column * kMaskWords + token / 32], bit) & bit) == 0;
+  }
+  __device__ int size(int column) const { return size_before(column, kChunkTokens); }
+  /// Tokens before `token` in the set.
+  __device__ int size_before(int column, int token) const {
+    int count = 0;
+#pragma unroll
+    for (int word = 0; word < kMaskWords; ++word) {
+      const int num_bits = token - word * 32;
+      const uint32_t below = num_bits >= 32 ? ~0u : num_bits <= 0 ? 0u : (1u << num_bits) - 1;
+      count += __popc(words[column * kMaskWords + word] & below);
+    }
+    return count;
+  }
+};
+
+/// Bad entries of topk_idx: the one with the lowest index is reported.
+__device__ void note_bad_choice(const DeviceGroup& group, CallStatus kind, int64_t index) {
+  const int64_t code = index * 2 + (kind == CallStatus::kTwice);
+  atomicMin(reinterpret_cast<long long*>(group.state->bad_choice), static_cast<long long>(code));
+}
+
+/// Fills the masks of chunk `blockIdx.x`. All threads.
+__device__ void fill_masks(const DeviceGroup& group, const HtDispatchArgs& args,
+                           ChunkMasks& masks) {
+  const int num_columns = group.num_ranks + group.num_experts;
+  for (int i = threadIdx.x; i < num_columns * kMaskWords; i += blockDim.x) masks.words[i] = 0;
+  __syncthreads();
+  const int64_t first = int64_t{blockIdx.x} * kChunkTokens * args.sizes.num_topk;
+  const int64_t end = min(first + int64_t{kChunkTokens} * args.sizes.num_topk,
+                          args.sizes.num_tokens * args.sizes.num_topk);
+  for (int64_t i = first + threadIdx.x; i < end; i += blockDim.x) {
+    const int64_t expert = args.routing.topk_idx[i];
+    if (expert == -1) continue;
+    if (expert < 0 || expert >= group.num_experts) {
+      note_bad_choice(group, CallStatus::kBadExpert, i);
+      continue;
+    }
+    const int token = static_cast<int>((i - first) / args.sizes.num_topk);
+    if (!masks.insert(group.num_ranks + static_cast<int>(expert), token))
+      note_bad_choice(group, CallStatus::kTwice, i);
+    masks.insert(group.placement.rank_of[expert], token);
+  }
+  __syncthreads();
+}
+
+__global__ void __launch_bounds__(kNumThreads)
+    count_kernel(const __grid_constant__ DeviceGroup group,
+                 const __grid_constant__ HtDispatchArgs args, int32_t* scratch) {
+  extern __shared__ uint32_t shared_words[];
+  ChunkMasks masks{shared_words};
+  fill_masks(group, args, masks);
+  const int num_columns = group.num_ranks + group.num_experts;
+  for (int column = threadIdx.x; column < num_columns; column += blockDim.x)
+    scratch[int64_t{blockIdx.x} * num_columns + column] = masks.size(column);
+}
+
+__global__ void __launch_bounds__(kNumThreads)
+    plan_kernel(const __grid_constant__ DeviceGroup group,
+                const __grid_constant__ HtDispatchArgs args, const int32_t* scratch) {
+  if (!is_running(group)) return;
+  extern __shared__ uint32_t shared_words[];
+  ChunkMasks masks{shared_words};
+  fill_masks(group, args, masks);
+  const bool by_expert = static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor;
+  const int num_topk = args.sizes.num_topk;
+  const int32_t* first_rows = scratch + int64_t{blockIdx.x} * (group.num_ranks + group.num_experts);
+  const int64_t first = int64_t{blockIdx.x} * kChunkTokens * num_topk;
+  const int64_t end =
+      min(first + int64_t{kChunkTokens} * num_topk, args.sizes.num_tokens * num_topk);
+  for (int64_t i = first + threadIdx.x; i < end; i += blockDim.x) {
+    const int64_t expert = args.routing.topk_idx[i];
+    int32_t row = -1;
+    if (expert >= 0) {
+      const int dst = group.placement.rank_of[expert];
+      const int column = by_expert ? group.num_ranks + static_cast<int>(expert) : dst;
+      row =
+          first_rows[column] + masks.size_before(column, static_cast<int>((i - first) / num_topk));
+      const int64_t capacity = group.state->capacities[dst];
+      if (capacity >= 0 && row >= capacity) row = -1;
+    }
+    args.routing.rows[i] = row;
+  }
+}
+
+/// Replaces each chunk's counts by the counts of the chunks before it; the totals follow the last
+/// chunk. All threads, a column each.
+__device__ int32_t* scan_chunks(const DeviceGroup& group, int32_t* scratch, int64_t chunks) {
+  const int num_columns = group.num_ranks + group.num_experts;
+  int32_t* totals = scratch + chunks * num_columns;
+  for (int column = threadIdx.x; column < num_columns; column += blockDim.x) {
+    int32_t sum = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int32_t count = scratch[chunk * num_columns + column];
+      scratch[chunk * num_columns + column] = sum;
+      sum += count;
+    }
+    totals[column] = sum;
+  }
+  __syncthreads();
+  return totals;
+}
+
+/// A rank that found a bad choice refuses the call, and says which.
+__device__ PostArgs refuse_bad_choice(const DeviceGroup& group, const HtDispatchArgs& args,
+                                      const PostArgs& post) {
+  const int64_t code = group.state->bad_choice[0];
+  if (code == kNoBadChoice) return post;
+  PostArgs refusal{};
+  const int64_t index = code / 2;
+  const CallStatus kind = code % 2 ? CallStatus::kTwice : CallStatus::kBadExpert;
+  refusal.fields[kFieldOp] = static_cast<int64_t>(Op::kRefused);
+  refusal.fields[kFieldLayout] = static_cast<int64_t>(kind);
+  refusal.fields[kFieldLayout + 1] = index / args.sizes.num_topk;
+  refusal.fields[kFieldLayout + 2] = index % args.sizes.num_topk;
+  refusal.fields[kFieldLayout + 3] = args.routing.topk_idx[index];
+  return refusal;
+}
+
+/// Sums over ranks of every column of the count matrix, in shared memory.
+struct ColumnSums {
+  int32_t* before;  ///< rows of the ranks before this one
+  int32_t* total;   ///< rows of all ranks
+};
+
+__device__ void sum_columns(const DeviceGroup& group, uint64_t seq, const ColumnSums& sums) {
+  const int num_columns = group.num_ranks + group.num_experts;
+  for (int column = threadIdx.x; column < num_columns; column += blockDim.x) {
+    int32_t total = 0;
+    for (int src = 0; src < group.num_ranks; ++src) {
+      if (src == group.rank) sums.before[column] = total;
+      total += counts_of(post_of(group, seq, group.rank, src))[column];
+    }
+    sums.total[column] = total;
+  }
+  __syncthreads();
+}
+
+/// Adds to the sums' `before` where each expert's group begins on its rank, and fills this rank's
+/// own groups. A thread per rank walks its experts.
+__device__ void place_groups(const DeviceGroup& group, const HtDispatchArgs& args,
+                             const ColumnSums& sums) {
+  for (int dst = threadIdx.x; dst < group.num_ranks; dst += blockDim.x) {
+    int64_t begin = 0, num_real_rows = 0;
+    for (int expert = 0; expert < group.num_experts; ++expert) {
+      if (group.placement.rank_of[expert] != dst) continue;
+      const int column = group.num_ranks + expert;
+      const int64_t total = sums.total[column];
+      const int64_t end = begin + align_up(total, int64_t{args.sizes.expert_alignment});
+      sums.before[column] += static_cast<int32_t>(begin);
+      num_real_rows += total;
+      if (dst == group.rank) {
+        const int local = group.placement.local_of[expert];
+        args.routing.expert_offsets[local] = begin;
+        args.routing.expert_offsets[local + 1] = end;
+      }
+      begin = end;
+    }
+    if (dst != group.rank) continue;
+    args.routing.recv_sizes[0] = begin;
+    args.routing.recv_sizes[1] = num_real_rows;
+  }
+  __syncthreads();
+}
+
+/// The receiver's part of the routing that does not depend on the layout's group starts.
+__device__ void fill_receiver(const DeviceGroup& group, const HtDispatchArgs& args,
+                              const ColumnSums& sums, const int32_t* own_counts) {
+  const bool by_expert = static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor;
+  for (int expert = threadIdx.x; expert < group.num_experts; expert += blockDim.x) {
+    if (group.placement.rank_of[expert] != group.rank) continue;
+    const int local = group.placement.local_of[expert], column = group.num_ranks + expert;
+    args.routing.num_recv_tokens_per_expert[local] = sums.total[column];
+    if (!by_expert) continue;
+    args.routing.own_rows[2 * local] = sums.before[column];
+    args.routing.own_rows[2 * local + 1] = sums.before[column] + own_counts[column];
+  }
+  if (!by_expert && threadIdx.x == 0) {
+    const int column = group.rank;
+    args.routing.recv_sizes[0] = args.routing.recv_sizes[1] = sums.total[column];
+    args.routing.own_rows[0] = sums.before[column];
+    args.routing.own_rows[1] = sums.before[column] + own_counts[column];
+  }
+  __syncthreads();
+}
+
+/// One thread: rows that arrive for this rank but lie past its capacity.
+__device__ void count_overflow(const DeviceGroup& group, const HtDispatchArgs& args) {
+  const int64_t capacity = args.sizes.capacity;
+  int64_t overflow = 0;
+  if (capacity >= 0 && static_cast<Layout>(args.sizes.layout) == Layout::kRankMajor)
+    overflow = max(int64_t{0}, args.routing.recv_sizes[1] - capacity);
+  if (capacity >= 0 && static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor)
+    for (int expert = 0; expert < group.num_experts; ++expert) {
+      if (group.placement.rank_of[expert] != group.rank) continue;
+      const int local = group.placement.local_of[expert];
+      const int64_t count = args.routing.num_recv_tokens_per_expert[local];
+      const int64_t room = max(int64_t{0}, capacity - args.routing.expert_offsets[local]);
+      overflow += count - min(count, room);
+    }
+  args.routing.recv_sizes[2] = overflow;
+}
+
+/// All threads: tells the host how much memory to take, and where the groups are.
+__device__ void publish_sizes(const HtDispatchArgs& args, int num_local_experts,
+                              CallRecord* record) {
+  const HtRouting& routing = args.routing;
+  const bool by_expert = static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor;
+  for (int local = threadIdx.x; local < num_local_experts; local += blockDim.x) {
+    record->num_recv_tokens_per_expert[local] = routing.num_recv_tokens_per_expert[local];
+    if (by_expert) record->expert_offsets[local + 1] = routing.expert_offsets[local + 1];
+  }
+  if (threadIdx.x < 3) record->recv_sizes[threadIdx.x] = routing.recv_sizes[threadIdx.x];
+  __threadfence_system();
+  __syncthreads();
+  if (threadIdx.x == 0) store_word(&record->has_sizes, kSizesValid);
+}
+
+/// All threads: this rank's counts go out, everybody's come in. False: the call has ended.
+__device__ bool exchange(const DeviceGroup& group, const HtDispatchArgs& args, const PostArgs& post,
+                         const int32_t* own_counts, CallRecord* record) {
+  const uint64_t seq = group.state->num_calls;
+  wait_slot(group, record, seq);
+  send_post(group, seq, refuse_bad_choice(group, args, post), own_counts);
+  wait_posts(group, record, seq);
+  if (threadIdx.x == 0) {
+    check_agreement(group, record, seq);
+    if (!is_running(group)) {
+      __threadfence_system();
+      store_word(&record->has_sizes, kSizesNever);
+    }
+  }
+  __syncthreads();
+  return is_running(group);
+}
+
+__global__ void __launch_bounds__(kNotifyThreads)
+    notify_kernel(const __grid_constant__ DeviceGroup group,
+                  const __grid_constant__ HtDispatchArgs args,
+                  const __grid_constant__ PostArgs post, int32_t* scratch, int64_t chunks,
+                  CallRecord* record) {
+  extern __shared__ int32_t shared_sums[];
+  if (!is_running(group)) return;
+  const int num_columns = group.num_ranks + group.num_experts;
+  const ColumnSums sums{shared_sums, shared_sums + num_columns};
+
+  const int32_t* own_counts = scan_chunks(group, scratch, chunks);
+  if (!exchange(group, args, post, own_counts, record)) return;
+  sum_columns(group, group.state->num_calls, sums);
+  if (static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor)
+    place_groups(group, args, sums);
+  fill_receiver(group, args, sums, own_counts);
+  if (threadIdx.x == 0) count_overflow(group, args);
+  __syncthreads();
+  publish_sizes(args, group.num_local_experts, record);
+  for (int64_t i = threadIdx.x; i < chunks * num_columns; i += blockDim.x)
+    scratch[i] += sums.before[i % num_columns];
+}
+
+template <typename Kernel>
+void allow_shared_memory(Kernel* kernel, size_t num_bytes) {
+  constexpr size_t kDefaultLimit = 48 << 10;
+  if (num_bytes > kDefaultLimit)
+    EP_CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       static_cast<int>(num_bytes)));
+}
+
+size_t mask_bytes(const DeviceGroup& group) {
+  return size_t{sizeof(uint32_t)} * kMaskWords * (group.num_ranks + group.num_experts);
+}
+
+unsigned num_blocks(const HtDispatchArgs& args) {
+  return static_cast<unsigned>(std::max<int64_t>(1, num_chunks(args.sizes.num_tokens)));
+}
+
+}  // namespace
+
+int64_t num_chunks(int64_t num_tokens) { return ceil_div(num_tokens, int64_t{kChunkTokens}); }
+
+void launch_count(const DeviceGroup& group, const HtDispatchArgs& args, int32_t* scratch,
+                  cudaStream_t stream) {
+  if (args.sizes.num_tokens == 0) return;
+  allow_shared_memory(count_kernel, mask_bytes(group));
+  count_kernel<<<num_blocks(args), kNumThreads, mask_bytes(group), stream>>>(group, args, scratch);
+  EP_CHECK_CUDA(cudaGetLastError());
+}
+
+void launch_notify(const DeviceGroup& group, const HtDispatchArgs& args, const PostArgs& post,
+                   int32_t* scratch, CallRecord* record, cudaStream_t stream) {
+  const size_t num_bytes = size_t{2 * sizeof(int32_t)} * (group.num_ranks + group.num_experts);
+  allow_shared_memory(notify_kernel, num_bytes);
+  notify_kernel<<<1, kNotifyThreads, num_bytes, stream>>>(
+      group, args, post, scratch, num_chunks(args.sizes.num_tokens), record);
+  EP_CHECK_CUDA(cudaGetLastError());
+}
+
+void launch_plan(const DeviceGroup& group, const HtDispatchArgs& args, const int32_t* scratch,
+                 cudaStream_t stream) {
+  if (args.sizes.num_tokens == 0) return;
+  allow_shared_memory(plan_kernel, mask_bytes(group));
+  plan_kernel<<<num_blocks(args), kNumThreads, mask_bytes(group), stream>>>(group, args, scratch);
+  EP_CHECK_CUDA(cudaGetLastError());
+}
+
+}  // namespace ep::cuda

@@ -1,0 +1,94 @@
+// The calls' common ends, one block each: the announcement before, the completion after.
+//
+//   post     announce the call, wait for all ranks, compare                       post_kernel
+//   offer    say where this rank's memory is, wait until all ranks have           offer_kernel
+//   finish   "done" to all ranks, wait for theirs, report, make ready for the next finish_kernel
+
+#include "cuda/check_cuda.h"
+#include "cuda/kernels.h"
+#include "cuda/protocol.cuh"
+
+namespace ep::cuda {
+namespace {
+
+constexpr int kNumThreads = 128;
+
+__global__ void __launch_bounds__(kNumThreads)
+    post_kernel(const __grid_constant__ DeviceGroup group, const __grid_constant__ PostArgs post,
+                CallRecord* record) {
+  if (!is_running(group)) return;
+  const uint64_t seq = group.state->num_calls;
+  wait_slot(group, record, seq);
+  send_post(group, seq, post, nullptr);
+  wait_posts(group, record, seq);
+  if (threadIdx.x == 0) check_agreement(group, record, seq);
+}
+
+__global__ void __launch_bounds__(kNumThreads)
+    offer_kernel(const __grid_constant__ DeviceGroup group, const __grid_constant__ Offer offer,
+                 CallRecord* record) {
+  if (!is_running(group)) return;
+  const ControlLayout layout = group.layout();
+  const uint64_t seq = group.state->num_calls;
+  for (int peer = threadIdx.x; peer < group.num_ranks; peer += blockDim.x) {
+    const size_t slot = layout.slot(seq, group.rank);
+    word<OfferSlot>(group, peer, layout.offers)[slot].offer = offer;
+    store_flag(word<uint64_t>(group, peer, layout.offer_flags) + slot, seq + 1);
+  }
+  for (int peer = threadIdx.x; peer < group.num_ranks; peer += blockDim.x) {
+    const size_t slot = layout.slot(seq, peer);
+    if (!wait_flag(group, record, word<uint64_t>(group, group.rank, layout.offer_flags) + slot,
+                   seq + 1, peer, Phase::kOffer))
+      continue;
+    group.state->offers[peer] = word<OfferSlot>(group, group.rank, layout.offers)[slot].offer;
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int peer = 0; peer < group.num_ranks; ++peer)
+    if (group.state->offers[peer].failed && set_status(group, CallStatus::kNoMemory))
+      record->rank = peer;
+}
+
+__global__ void __launch_bounds__(kNumThreads)
+    finish_kernel(const __grid_constant__ DeviceGroup group, CallRecord* record) {
+  LocalState& state = *group.state;
+  const uint64_t seq = state.num_calls;
+  if (!state.failed) {
+    // The rows were written by earlier kernels of this stream, which have ended.
+    __threadfence_system();
+    for (int peer = threadIdx.x; peer < group.num_ranks; peer += blockDim.x)
+      store_flag(&peer_line(group, peer, group.rank).done, seq + 1);
+    for (int peer = threadIdx.x; peer < group.num_ranks && is_running(group); peer += blockDim.x)
+      wait_flag(group, record, &peer_line(group, group.rank, peer).done, seq + 1, peer,
+                Phase::kDone);
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  const int32_t status = state.call_status;
+  record->status = status == 0 ? static_cast<int32_t>(CallStatus::kOk) : status;
+  __threadfence_system();
+  state.bad_choice[0] = INT64_MAX;
+  state.call_status = state.failed ? static_cast<int32_t>(CallStatus::kSkipped) : 0;
+  state.num_calls = seq + 1;
+}
+
+}  // namespace
+
+void launch_post(const DeviceGroup& group, const PostArgs& post, CallRecord* record,
+                 cudaStream_t stream) {
+  post_kernel<<<1, kNumThreads, 0, stream>>>(group, post, record);
+  EP_CHECK_CUDA(cudaGetLastError());
+}
+
+void launch_offer(const DeviceGroup& group, const Offer& offer, CallRecord* record,
+                  cudaStream_t stream) {
+  offer_kernel<<<1, kNumThreads, 0, stream>>>(group, offer, record);
+  EP_CHECK_CUDA(cudaGetLastError());
+}
+
+void launch_finish(const DeviceGroup& group, CallRecord* record, cudaStream_t stream) {
+  finish_kernel<<<1, kNumThreads, 0, stream>>>(group, record);
+  EP_CHECK_CUDA(cudaGetLastError());
+}
+
+}  // namespace ep::cuda

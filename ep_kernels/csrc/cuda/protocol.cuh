@@ -1,0 +1,154 @@
+#pragma once
+
+#include "cuda/device/sync.cuh"
+#include "cuda/group.h"
+
+// Protocol steps of one block. Every wait is made by one thread per peer and has a deadline; on
+// expiry the record goes to the host and the buffer is marked as failed.
+
+namespace ep::cuda {
+
+template <typename T>
+__device__ __forceinline__ T* word(const DeviceGroup& group, int rank, size_t offset) {
+  return reinterpret_cast<T*>(group.segments[rank] + offset);
+}
+
+__device__ __forceinline__ PeerLine& peer_line(const DeviceGroup& group, int owner, int src) {
+  return word<PeerLine>(group, owner, group.layout().peer_lines)[src];
+}
+
+__device__ __forceinline__ Post& post_of(const DeviceGroup& group, uint64_t seq, int owner,
+                                         int src) {
+  const ControlLayout layout = group.layout();
+  return *word<Post>(group, owner, layout.posts + layout.slot(seq, src) * layout.post_stride);
+}
+
+__device__ __forceinline__ int32_t* counts_of(Post& post) {
+  return reinterpret_cast<int32_t*>(&post + 1);
+}
+
+/// Ends the call under way with `status`. Writer: any thread; the first one counts.
+__device__ __forceinline__ bool set_status(const DeviceGroup& group, CallStatus status) {
+  return atomicCAS(&group.state->call_status, 0, static_cast<int32_t>(status)) == 0;
+}
+
+__device__ __forceinline__ bool is_running(const DeviceGroup& group) {
+  return *reinterpret_cast<volatile int32_t*>(&group.state->call_status) == 0;
+}
+
+__device__ inline void report_timeout(const DeviceGroup& group, CallRecord* record,
+                                      const TimeoutRecord& timeout) {
+  if (!set_status(group, CallStatus::kTimeout)) return;
+  group.state->failed = 1;
+  record->timeout = timeout;
+  for (int peer = 0; peer < group.num_ranks; ++peer) {
+    PeerLine& line = peer_line(group, peer, group.rank);
+    line.culprit = timeout.peer;
+    line.culprit_phase = timeout.phase;
+    store_word(&line.failed, 1u);
+  }
+}
+
+/// Waits until `flag`, a word of this rank that `peer` writes, reaches `expected`. Ends early when
+/// the peer has given up or left, or another thread has ended the call.
+__device__ inline bool wait_flag(const DeviceGroup& group, CallRecord* record, const uint64_t* flag,
+                                 uint64_t expected, int peer, Phase phase) {
+  const uint64_t deadline = now_ns() + group.timeout_ns;
+  const PeerLine& line = peer_line(group, group.rank, peer);
+  uint64_t seen = 0;
+  for (uint32_t spin = 0;; ++spin) {
+    seen = load_flag(flag);
+    if (seen >= expected) return true;
+    if (spin % 64 != 63) continue;
+    if (!is_running(group)) return false;
+    const bool is_lost = load_word(&line.failed) != 0 || load_word(&line.departed) != 0;
+    if (!is_lost && now_ns() < deadline) continue;
+    seen = load_flag(flag);
+    if (seen >= expected) return true;
+    const int culprit = load_word(&line.failed) != 0 && peer != group.rank ? line.culprit : peer;
+    report_timeout(group, record,
+                   {group.rank, static_cast<int32_t>(phase), culprit,
+                    static_cast<int64_t>(expected), static_cast<int64_t>(seen)});
+    return false;
+  }
+}
+
+/// All threads: waits until every peer has finished the call that used this call's slots before.
+__device__ inline void wait_slot(const DeviceGroup& group, CallRecord* record, uint64_t seq) {
+  if (seq < kNumSlots) return;
+  for (int peer = threadIdx.x; peer < group.num_ranks; peer += blockDim.x)
+    wait_flag(group, record, &peer_line(group, group.rank, peer).done, seq + 1 - kNumSlots, peer,
+              Phase::kSlot);
+  __syncthreads();
+}
+
+/// All threads: writes the post, and `counts` if given, to every rank; then the flags.
+__device__ inline void send_post(const DeviceGroup& group, uint64_t seq, const PostArgs& post,
+                                 const int32_t* counts) {
+  const ControlLayout layout = group.layout();
+  const int num_counts = group.num_ranks + group.num_experts;
+  for (int peer = 0; peer < group.num_ranks; ++peer) {
+    Post& to = post_of(group, seq, peer, group.rank);
+    for (int i = threadIdx.x; i < kNumPostFields; i += blockDim.x) to.fields[i] = post.fields[i];
+    if (threadIdx.x == 0) {
+      to.capacity = post.capacity;
+      to.offer = post.offer;
+    }
+    if (post.has_text)
+      for (int i = threadIdx.x; i < kMaxText; i += blockDim.x) to.text[i] = post.text[i];
+    if (counts)
+      for (int i = threadIdx.x; i < num_counts; i += blockDim.x) counts_of(to)[i] = counts[i];
+  }
+  __threadfence_system();
+  __syncthreads();
+  for (int peer = threadIdx.x; peer < group.num_ranks; peer += blockDim.x)
+    store_flag(word<uint64_t>(group, peer, layout.post_flags) + layout.slot(seq, group.rank),
+               seq + 1);
+}
+
+/// All threads: waits for the posts of all ranks and compares them; keeps offers and capacities.
+__device__ inline void wait_posts(const DeviceGroup& group, CallRecord* record, uint64_t seq) {
+  const ControlLayout layout = group.layout();
+  for (int peer = threadIdx.x; peer < group.num_ranks; peer += blockDim.x) {
+    const size_t flag = layout.post_flags + layout.slot(seq, peer) * sizeof(uint64_t);
+    if (!wait_flag(group, record, word<uint64_t>(group, group.rank, flag), seq + 1, peer,
+                   Phase::kPost))
+      continue;
+    const Post& post = post_of(group, seq, group.rank, peer);
+    group.state->offers[peer] = post.offer;
+    group.state->capacities[peer] = post.capacity;
+  }
+  __syncthreads();
+}
+
+/// One thread, after wait_posts(): ends the call if a rank refused it or ranks disagree. Goes
+/// through ranks and fields in order, so that every rank reports the same.
+__device__ inline void check_agreement(const DeviceGroup& group, CallRecord* record, uint64_t seq) {
+  if (!is_running(group)) return;
+  const Post& first = post_of(group, seq, group.rank, 0);
+  for (int src = 0; src < group.num_ranks; ++src) {
+    const Post& post = post_of(group, seq, group.rank, src);
+    if (post.fields[kFieldOp] != static_cast<int64_t>(Op::kRefused)) continue;
+    // A refusal found by a kernel says what it found in its fields; one by the host in its text.
+    const int64_t kind = post.fields[kFieldLayout];
+    for (int i = 0; i < 3; ++i) record->detail[i] = post.fields[kFieldLayout + 1 + i];
+    for (int i = 0; i < kMaxText && kind == 0; ++i) record->text[i] = post.text[i];
+    record->rank = src;
+    set_status(group, kind == 0 ? CallStatus::kRefused : static_cast<CallStatus>(kind));
+    return;
+  }
+  for (int src = 1; src < group.num_ranks; ++src) {
+    const Post& post = post_of(group, seq, group.rank, src);
+    for (int field = 0; field < kNumPostFields; ++field) {
+      if (post.fields[field] == first.fields[field]) continue;
+      record->rank = src;
+      record->detail[0] = field;
+      record->detail[1] = first.fields[field];
+      record->detail[2] = post.fields[field];
+      set_status(group, CallStatus::kDisagree);
+      return;
+    }
+  }
+}
+
+}  // namespace ep::cuda
