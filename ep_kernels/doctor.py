@@ -22,12 +22,11 @@ from pathlib import Path
 
 import torch
 
-from ep_kernels import _native
+from ep_kernels import _native, _native_cuda
 from ep_kernels.errors import EPError
 from ep_kernels.version import __version__
 
 PACKAGE_DIR = Path(__file__).resolve().parent
-CUDA_LIBRARY = PACKAGE_DIR / "lib" / "libep_cuda.so"
 NVSHMEM_LIBRARY = PACKAGE_DIR / "lib" / "libep_nvshmem.so"
 
 OK, NOTE, MISSING = "ok", "note", "missing"
@@ -190,13 +189,22 @@ def _cpu_core() -> Finding:
 
 
 def _cuda_core() -> Finding:
-    if CUDA_LIBRARY.exists():
-        return Finding(status=OK, name="CUDA core", text=str(CUDA_LIBRARY))
-    csrc = PACKAGE_DIR / "csrc"
-    if csrc.exists() and not any((csrc / "cuda").rglob("*.cu")):
-        return Finding(status=NOTE, name="CUDA core", text="not part of this version")
-    hint = "install the CUDA toolkit, then pip install -e . in the sources"
-    return Finding(status=NOTE, name="CUDA core", text="not built", hint=hint)
+    name = "CUDA core"
+    if not _native_cuda.CUDA_LIBRARY.exists():
+        hint = "to use GPUs, install the CUDA toolkit (nvcc), then pip install -e . in the sources"
+        return Finding(status=NOTE, name=name, text="not built", hint=hint)
+    try:
+        _native_cuda.cuda_library()
+    except (EPError, OSError) as error:
+        hint = "pip install -e . in the sources"
+        return Finding(status=MISSING, name=name, text=str(error), hint=hint)
+    text = str(_native_cuda.CUDA_LIBRARY)
+    if torch.cuda.is_available():
+        return Finding(status=OK, name=name, text=text)
+    reason = (
+        "this torch is built without CUDA" if torch.version.cuda is None else "no GPU is usable"
+    )
+    return Finding(status=NOTE, name=name, text=f"{text}, but {reason}")
 
 
 def _memory_file() -> Finding:
