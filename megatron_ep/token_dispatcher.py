@@ -29,6 +29,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from ep_kernels import Layout
 from megatron_ep.autograd import combine, dispatch
 from megatron_ep.buffers import get_buffer
+from megatron_ep.routing import place_slices, slice_experts, to_topk_idx
 
 
 class DeepEPTokenDispatcher(MoETokenDispatcher):
@@ -137,8 +138,10 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
             schedule frees them after token_dispatch.
         """
         self._hidden_shape, self._probs_dtype = hidden_states.shape, probs.dtype
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         if self.shared_experts is not None:
-            self.shared_experts.pre_forward_comm(hidden_states)
+            # NOTE: of `tokens`, so that gradients add up in the same order as in alltoall.
+            self.shared_experts.pre_forward_comm(tokens.view(self._hidden_shape))
         topk_idx = to_topk_idx(routing_map, num_topk=self._num_topk)
         topk_weights = probs.gather(1, topk_idx.clamp(min=0))
         if probs.dtype != torch.float64:
@@ -146,7 +149,7 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         if self.tp_size > 1:
             topk_idx, topk_weights = slice_experts(topk_idx, topk_weights, self.tp_size)
         self.topk_idx = topk_idx
-        return hidden_states.reshape(-1, hidden_states.shape[-1]).clone(), topk_weights
+        return tokens.clone(), topk_weights
 
     def token_dispatch(
         self, hidden_states: torch.Tensor, probs: torch.Tensor
@@ -231,58 +234,3 @@ def graphed_parts(config: Any) -> list[str]:
     """
     parts = getattr(config, "cuda_graph_modules", None) or getattr(config, "cuda_graph_scope", None)
     return [part.name for part in parts or []]
-
-
-def to_topk_idx(routing_map: torch.Tensor, *, num_topk: int | None = None) -> torch.Tensor:
-    """Lists the experts of each token.
-
-    Args:
-        routing_map: [T, E] bool.
-        num_topk: K, at least the number of experts of every token; None counts them, which a CUDA
-            graph cannot.
-
-    Returns:
-        [T, K] int64: ascending experts, then -1. K is the most experts of any token, at least 1.
-
-    Example:
-        >>> to_topk_idx(torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0]]).bool())
-        tensor([[ 1,  3],
-                [-1, -1],
-                [ 2, -1]])
-    """
-    num_tokens, num_experts = routing_map.shape
-    ordinal = routing_map.cumsum(dim=1)
-    if num_topk is None:
-        num_topk = max(1, int(ordinal[:, -1].max())) if num_tokens else 1
-    experts = torch.arange(num_experts, device=routing_map.device).expand(num_tokens, -1)
-    # One column more takes what is not chosen.
-    column = torch.where(routing_map, ordinal - 1, num_topk)
-    topk_idx = torch.full((num_tokens, num_topk + 1), -1, device=routing_map.device)
-    return topk_idx.scatter_(1, column, experts)[:, :num_topk].contiguous()
-
-
-def slice_experts(
-    topk_idx: torch.Tensor, topk_weights: torch.Tensor, expert_tp: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replaces each choice by one choice per slice of the expert: [T, K] -> [T, K * expert_tp].
-
-    Example:
-        >>> slice_experts(torch.tensor([[1, -1]]), torch.tensor([[0.5, 0.0]]), 2)[0]
-        tensor([[ 2,  3, -1, -1]])
-    """
-    slices = torch.arange(expert_tp, device=topk_idx.device)
-    sliced = topk_idx.unsqueeze(-1) * expert_tp + slices
-    sliced = sliced.where(topk_idx.unsqueeze(-1) >= 0, -1)
-    return sliced.flatten(1), topk_weights.repeat_interleave(expert_tp, dim=1)
-
-
-def place_slices(*, num_experts: int, expert_tp: int, ep_size: int) -> torch.Tensor:
-    """Rank of each slice e * expert_tp + s in the group, where ranks count slices first.
-
-    Example:
-        >>> place_slices(num_experts=4, expert_tp=2, ep_size=2)
-        tensor([0, 1, 0, 1, 2, 3, 2, 3])
-    """
-    expert = torch.arange(num_experts).unsqueeze(1)
-    ep_rank = expert // (num_experts // ep_size)
-    return (ep_rank * expert_tp + torch.arange(expert_tp)).flatten()
