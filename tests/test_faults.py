@@ -177,9 +177,9 @@ def test_a_rank_that_dies_at_any_moment_is_named(launch, number, is_exhaustive):
     rng = random.Random(number)
     case = replace(CASE, seed=number, capacity=(200, 200, 200) if number & 2 else None)
     if number & 1:
-        case = replace(case, hidden=7168, num_tokens=(400, 400, 400))
+        case = replace(case, hidden=7168, num_tokens=(150, 150, 150))
     if number & 1 and case.capacity:
-        case = replace(case, capacity=(900, 900, 900))
+        case = replace(case, capacity=(400, 400, 400))
     for _ in range(10 if is_exhaustive else 1):
         delay_s = rng.uniform(0.001, 0.1)
         launch(on_rank_killed_at_some_time, case, delay_s, num_ranks=3, lost=[VICTIM])

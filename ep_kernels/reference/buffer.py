@@ -70,10 +70,10 @@ class Buffer:
         group: Any = None,
         *,
         num_experts: int,
-        expert_to_rank: torch.Tensor | None = None,
+        expert_to_rank: torch.Tensor | Sequence[int] | None = None,
         device: str | torch.device = "cpu",
         pool_bytes: int | None = None,
-        timeout_s: float = 60.0,
+        timeout_s: float | None = None,
         num_sms: int | None = None,
     ) -> None:
         del pool_bytes
@@ -81,7 +81,7 @@ class Buffer:
         self.rank, self.num_ranks = self._bootstrap.rank, self._bootstrap.num_ranks
         self.num_experts = num_experts
         self.device = torch.device(device)
-        self.timeout_s = timeout_s
+        self.timeout_s = 60.0 if timeout_s is None else timeout_s
         self.num_sms = 1 if num_sms is None else num_sms
         self._num_dispatches = 0
         self._is_destroyed = False
@@ -89,7 +89,7 @@ class Buffer:
         with _Refusal() as refusal:
             checks.check_int("num_experts", num_experts, 1)
             checks.check_int("num_sms", self.num_sms, 1)
-            checks.check(timeout_s > 0, f"timeout_s={timeout_s} is not positive")
+            checks.check(self.timeout_s > 0, f"timeout_s={timeout_s} is not positive")
             checks.check(self.device.type == "cpu", f"device={device}: only cpu is supported")
             self._placement = spec.make_placement(num_experts, self.num_ranks, expert_to_rank)
             fields = {

@@ -55,9 +55,11 @@ class Placement:
 
 
 def make_placement(
-    num_experts: int, num_ranks: int, expert_to_rank: torch.Tensor | None = None
+    num_experts: int,
+    num_ranks: int,
+    expert_to_rank: torch.Tensor | Sequence[int] | None = None,
 ) -> Placement:
-    """Linear blocks of E / R experts, or the explicit map `expert_to_rank` ([E] int64).
+    """Linear blocks of E / R experts, or the explicit map `expert_to_rank` ([E] int64 or ints).
 
     Raises:
         EPConfigError: E is not divisible by R, or the map has a wrong shape, dtype or rank.
@@ -76,8 +78,8 @@ def make_placement(
             )
         rank_of = torch.arange(num_experts) // (num_experts // num_ranks)
     else:
-        _check_expert_to_rank(expert_to_rank, num_experts, num_ranks)
-        rank_of = expert_to_rank.clone()
+        rank_of = torch.as_tensor(expert_to_rank).clone()
+        _check_expert_to_rank(rank_of, num_experts, num_ranks)
     is_same_rank = rank_of[:, None] == rank_of[None, :]
     local_of = is_same_rank.tril(diagonal=-1).sum(dim=1)
     return Placement(num_ranks=num_ranks, rank_of=rank_of, local_of=local_of)

@@ -28,7 +28,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from ep_kernels.testing.leaks import LeakCheck
+from ep_kernels.testing.leaks import LeakCheck, processes_in
 from ep_kernels.testing.rank_server import END_PYTHON, LEAVE, RankSpec
 
 GRACE_S = 1.0
@@ -73,7 +73,6 @@ class RankServer:
                 "-c",
                 "import sys; from ep_kernels.testing.rank_server import main; main(sys.argv[1:])",
                 str(theirs.fileno()),
-                str(os.getpid()),
                 *preload,
             ],
             pass_fds=[theirs.fileno()],
@@ -127,13 +126,13 @@ class Ranks:
         self.broken = False
         self._server = server
         self._leak_check = LeakCheck()
-        self._folder = Path(tempfile.mkdtemp(prefix="ep_ranks_"))
-        (self._folder / "tmp").mkdir()
+        self.folder = Path(tempfile.mkdtemp(prefix="ep_ranks_"))
+        (self.folder / "tmp").mkdir()
         self._specs = [
             RankSpec(
                 rank=rank,
                 num_ranks=num_ranks,
-                folder=str(self._folder),
+                folder=str(self.folder),
                 process_group=process_group,
                 timeout_s=process_group_timeout_s,
             )
@@ -243,7 +242,10 @@ class Ranks:
                 os.kill(self.pids[rank], signum)
 
     def kill(self) -> None:
-        """Ends all ranks with SIGKILL and removes their folder. The object is of no use then."""
+        """Ends all ranks, and processes that they started, with SIGKILL and removes their folder.
+
+        The object is of no use then.
+        """
         if self.broken:
             return
         self.broken = True
@@ -252,7 +254,10 @@ class Ranks:
         for rank in range(self.num_ranks):
             self._exit_code(rank, EXIT_S)
             self._jobs[rank].close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        for pid, _ in processes_in(set(self.pids)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self, *, lost: Collection[int] = (), end_python: bool = False) -> list[int | None]:
         """Lets all ranks leave; kills the lost ones.
@@ -284,7 +289,7 @@ class Ranks:
             for rank, code in enumerate(self._exit_codes)
             if rank not in lost and code != 0
         ]
-        leaks = self._leak_check.leaks(sessions=self.pids, folder=self._folder / "tmp")
+        leaks = self._leak_check.leaks(sessions=self.pids, folder=self.folder / "tmp")
         self.kill()
         if bad or leaks:
             raise RankError("after the ranks have left:\n" + "\n".join(bad + leaks), -1)

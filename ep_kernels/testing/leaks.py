@@ -34,7 +34,7 @@ class LeakCheck:
                 processes that they started.
             folder: their folder for temporary files, which has to be empty by now.
         """
-        found = [f"process {pid} (session {sid})" for pid, sid in _processes_in(set(sessions))]
+        found = [f"process {pid} (session {sid})" for pid, sid in processes_in(set(sessions))]
         found += [f"shared memory {path}" for path in self.shm_leaks()]
         if folder is not None and folder.exists():
             found += [f"temporary file {path}" for path in sorted(folder.rglob("*"))]
@@ -65,7 +65,7 @@ def _shm_files() -> set[str]:
     return set(os.listdir(SHM)) if SHM.is_dir() else set()
 
 
-def _processes_in(sessions: set[int]) -> list[tuple[int, int]]:
+def processes_in(sessions: set[int]) -> list[tuple[int, int]]:
     """(pid, session) of the living processes of these sessions; zombies have ended."""
     found = []
     for entry in PROC.iterdir():

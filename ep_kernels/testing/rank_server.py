@@ -4,8 +4,9 @@ milliseconds instead of seconds.
     parent (pytest)  -- requests -->  server  -- fork -->  rank 0 .. R-1
           \\______________ jobs and answers, one socket per rank ______/
 
-The server never starts a thread and never touches CUDA, so forking it is safe. Ranks and the
-server die with their parent (PR_SET_PDEATHSIG), even if that was killed.
+The server never starts a thread and never touches CUDA, so forking it is safe. When the parent
+hangs up, even because it was killed, the server ends all ranks and removes their folders; ranks
+die with the server (PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import gc
 import importlib
 import os
 import pickle
+import shutil
 import signal
 import sys
 import tempfile
@@ -70,6 +72,7 @@ def serve(requests: Connection) -> None:
     ("poll", pid) -> exit code, or None while it runs; a rank stays a zombie until it is polled
     """
     children: set[int] = set()
+    folders: set[str] = set()
     while True:
         try:
             command, argument = requests.recv()
@@ -85,13 +88,17 @@ def serve(requests: Connection) -> None:
                 return run_rank(argument, Connection(jobs_fd))
             os.close(jobs_fd)
             children.add(pid)
+            folders.add(argument.folder)
             requests.send(pid)
         else:
             exit_code = _poll(argument)
             if exit_code is not None:
                 children.discard(argument)
             requests.send(exit_code)
-    return _kill_all(children)
+    _kill_all(children)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    return None
 
 
 def run_rank(spec: RankSpec, jobs: Connection) -> None:
@@ -186,14 +193,13 @@ def main(args: list[str]) -> None:
     """Entry of the server process.
 
     Args:
-        args: file number of its end of the request socket, its parent's pid, modules to import.
+        args: file number of its end of the request socket, then modules to import.
     """
-    die_with_parent(int(args[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
     import torch.distributed
 
-    for module in args[2:]:
+    for module in args[1:]:
         importlib.import_module(module)
     torch.set_num_threads(1)
     gc.collect()
