@@ -6,6 +6,7 @@ Functions named `on_rank_...` run on every rank; each belongs to the test below 
 import gc
 import os
 import threading
+import time
 from dataclasses import replace
 
 import cases
@@ -482,3 +483,80 @@ def on_rank_other_thread(rank, backend, case):
 
 def test_calls_may_come_from_different_threads_one_after_the_other(ranks, backend):
     ranks.run(on_rank_other_thread, backend, Case())
+
+
+def on_rank_arguments(rank, backend, case):
+    """The buffer writes to none of its arguments, and its results do not share their memory."""
+    world = World(case, rank)
+    xs, ys = world.xs(), world.ys()
+    x, topk_idx, weights = xs[rank].clone(), world.topk_idxs[rank], world.topk_weights[rank]
+    y, bias = ys[rank].clone(), world.bias()
+    row_weights = [world.recv_weights(dst) for dst in range(case.num_ranks)]
+    arguments = [x, topk_idx.clone(), weights.clone(), y, bias.clone(), row_weights[rank].clone()]
+    originals = [argument.clone() for argument in arguments]
+    with cases.make_buffer(backend, case=case) as buffer:
+        x, topk_idx, weights, y, bias, row_weight = arguments
+        result = buffer.dispatch(x, topk_idx, weights, **case.dispatch_options)
+        combined = buffer.combine(y, result.handle, bias=bias, topk_weights=row_weight)
+        for argument, original in zip(arguments, originals):
+            assert_bitwise_equal(argument, original, name="argument")
+        want = world.combine_result(ys, bias=originals[4], topk_weights=row_weights)
+        for argument in arguments:
+            argument.zero_()
+        cases.check_dispatch_result(result, world, xs)
+        assert_bitwise_equal(combined, want)
+        cases.check_combine(buffer, world, result.handle)  # the handle has its own topk_idx
+
+
+@LAYOUTS
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_arguments_are_neither_changed_nor_kept(ranks, backend, num_ranks, layout):
+    ranks.run(on_rank_arguments, backend, Case(num_ranks=num_ranks, layout=layout))
+
+
+def on_rank_other_rows(rank, backend, case):
+    """Along one routing travel rows of any dtype and width, with weights or without."""
+    world = World(case, rank)
+    with cases.make_buffer(backend, case=case) as buffer:
+        handle = cases.dispatch(buffer, world, world.xs()).handle
+        for i, (dtype, hidden) in enumerate([("fp32", 48), ("fp8", 256), ("fp64", 2), ("bf16", 8)]):
+            weights = (None, torch.float32, torch.float64)[i % 3]
+            other = World(replace(case, dtype=dtype, hidden=hidden, weights=weights), rank)
+            xs = other.xs(seed=i)
+            result = buffer.dispatch(
+                xs[rank],
+                topk_weights=None if weights is None else other.topk_weights[rank],
+                handle=handle,
+            )
+            cases.check_dispatch_result(result, other, xs, is_cached=True)
+            cases.check_combine(buffer, other, result.handle, seed=i)
+            cases.check_combine(buffer, other, handle, seed=i)
+
+
+@LAYOUTS
+def test_a_handle_serves_rows_of_any_dtype_and_width(ranks, backend, layout):
+    ranks.run(on_rank_other_rows, backend, Case(layout=layout))
+
+
+def on_rank_waiting_time(rank, case):
+    """Rank 0 keeps the others waiting, once for each of dispatch, combine and barrier."""
+    world = World(case, rank)
+    with cases.make_buffer("cpu", case=case) as buffer:
+        result = cases.dispatch(buffer, world, world.xs())
+        calls = [
+            lambda: cases.dispatch(buffer, world, world.xs()),
+            lambda: buffer.combine(result.recv_x, result.handle),
+            buffer.barrier,
+        ]
+        for call in calls:
+            buffer.barrier()
+            start = time.process_time()
+            if rank == 0:
+                time.sleep(0.4)
+            call()
+            seconds = time.process_time() - start
+            assert seconds < 0.1, f"{seconds} s of processor time while waiting for 0.4 s"
+
+
+def test_waiting_does_not_keep_a_core_busy(ranks):
+    ranks.run(on_rank_waiting_time, Case())
