@@ -73,7 +73,7 @@ def megatron(grid: Grid, **buffer_options: Any) -> Iterator[None]:
     """Megatron's process groups, with "deepep" registered and buffers made with the options."""
     import megatron_ep
 
-    _import_megatron()
+    import_megatron()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -97,7 +97,7 @@ def megatron(grid: Grid, **buffer_options: Any) -> Iterator[None]:
         _destroy_groups()
 
 
-def _import_megatron() -> None:
+def import_megatron() -> None:
     """Without the empty folder for compiled code that importing it leaves among temporary files."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
