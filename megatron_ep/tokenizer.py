@@ -98,8 +98,7 @@ class HuggingFaceTokenizer:
             eod = tokenizer.get_vocab().get(eod_token)
         self.eod = self._check_eod(eod, model, eod_token)
         self.vocab_size = len(tokenizer)
-        self._encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
-        self._decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+        self._tokenizer: Any = tokenizer
 
     def _open_tokenizers(self, json_file: Path, eod_token: str | None) -> None:
         tokenizer = importlib.import_module("tokenizers").Tokenizer.from_file(str(json_file))
@@ -108,8 +107,7 @@ class HuggingFaceTokenizer:
         eod = next((i for i in ids if i is not None), None)
         self.eod = self._check_eod(eod, str(json_file), eod_token)
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
-        self._encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
-        self._decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+        self._tokenizer = tokenizer
 
     @staticmethod
     def _check_eod(eod: int | None, model: str, eod_token: str | None) -> int:
@@ -119,10 +117,11 @@ class HuggingFaceTokenizer:
         return eod
 
     def tokenize(self, text: str) -> list[int]:
-        return self._encode(text)
+        encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        return getattr(encoded, "ids", encoded)
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        return self._decode(list(ids))
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
 def make_tokenizer(section: TokenizerSection) -> Tokenizer:

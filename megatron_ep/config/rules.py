@@ -22,7 +22,7 @@ def check_world_size(config: Config, world_size: int) -> list[str]:
         * sizes.context_parallel_size
     )
     expert = (
-        (sizes.expert_tensor_parallel_size or 1)
+        (sizes.expert_tensor_parallel_size or sizes.tensor_model_parallel_size)
         * sizes.expert_model_parallel_size
         * sizes.pipeline_model_parallel_size
     )

@@ -83,7 +83,7 @@ class ParallelismSection(Section):
     expert_model_parallel_size: PositiveInt = 1
     """Ranks over which the experts are spread."""
     expert_tensor_parallel_size: PositiveInt | None = None
-    """Ranks that share each expert; 1 if not given."""
+    """Ranks that share each expert; tensor_model_parallel_size if not given."""
     sequence_parallel: bool | None = None
     """Split activations between the layers of tensor-parallel ranks; if not given, when TP > 1."""
     use_distributed_optimizer: bool = False

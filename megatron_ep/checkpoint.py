@@ -1,0 +1,255 @@
+"""Checkpoints through megatron.core.dist_checkpointing.
+
+    <save>/iter_0000100/                      one checkpoint, with its config.yaml
+    <save>/latest_checkpointed_iteration.txt  the newest complete one
+
+A checkpoint is written under another name first and renamed when it is complete, and the pointer is
+replaced after that: an interrupted save leaves the previous checkpoint in force.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import random
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from megatron_ep.config import Config, ConfigError, dump_config
+from megatron_ep.optim import finish_loading, prepare_for_loading
+
+logger = logging.getLogger("megatron_ep")
+
+_POINTER = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a training is.
+
+    Attributes:
+        iteration: steps done.
+        consumed_samples: training samples read by all ranks.
+    """
+
+    iteration: int = 0
+    consumed_samples: int = 0
+
+
+def latest_iteration(directory: str | Path) -> int | None:
+    """The iteration of the newest complete checkpoint, or None.
+
+    Raises:
+        ConfigError: the pointer is not a number, or its checkpoint is missing.
+    """
+    pointer = Path(directory, _POINTER)
+    if not pointer.is_file():
+        return None
+    text = pointer.read_text().strip()
+    if not text.isdigit():
+        raise ConfigError(f"{pointer}: expected an iteration, got {text!r}")
+    if not checkpoint_path(directory, int(text)).is_dir():
+        raise ConfigError(f"{pointer} names {checkpoint_path(directory, int(text))}: missing")
+    return int(text)
+
+
+def checkpoint_path(directory: str | Path, iteration: int) -> Path:
+    """Where the checkpoint of an iteration is."""
+    return Path(directory, f"iter_{iteration:07d}")
+
+
+def save_checkpoint(
+    config: Config, chunks: list[nn.Module], optimizer: Any, scheduler: Any, progress: Progress
+) -> Path:
+    """Saves a checkpoint to config.checkpoint.save; collective.
+
+    Returns:
+        The directory of the checkpoint.
+    """
+    from megatron.core import dist_checkpointing
+
+    root = Path(config.checkpoint.save or ".")
+    path = checkpoint_path(root, progress.iteration)
+    partial = root / f"{path.name}.partial"
+    _on_rank_0(lambda: _make_empty(partial))
+    state = _model_state(chunks, config)
+    state["optimizer"] = optimizer.sharded_state_dict(state, metadata=_metadata(config))
+    state["scheduler"] = scheduler.state_dict()
+    state["progress"] = dataclasses.asdict(progress)
+    state["rng"] = _sharded_rng_state()
+    _do_without_psutil()
+    dist_checkpointing.save(state, str(partial), content_metadata=_metadata(config))
+    _on_rank_0(lambda: _publish(config, partial, path, progress.iteration))
+    return path
+
+
+def load_checkpoint(
+    config: Config, chunks: list[nn.Module], optimizer: Any = None, scheduler: Any = None
+) -> Progress | None:
+    """Loads what the settings ask for; collective.
+
+    Args:
+        config: the settings; section checkpoint says from where and what.
+        chunks: the model.
+        optimizer: None loads the model only.
+        scheduler: as above.
+
+    Returns:
+        Where the training goes on; None when there is no checkpoint to load.
+
+    Raises:
+        ConfigError: an explicitly named checkpoint is missing, or it was made with other sizes.
+    """
+    from megatron.core import dist_checkpointing
+
+    path = find_checkpoint(config)
+    if path is None:
+        return None
+    section = config.checkpoint
+    with_optimizer = optimizer is not None and not section.no_load_optim and not section.finetune
+    with_rng = optimizer is not None and not section.no_load_rng and not section.finetune
+    metadata = dist_checkpointing.load_content_metadata(str(path)) or _metadata(config)
+    state = _model_state(chunks, config)
+    if with_optimizer:
+        prepare_for_loading(optimizer)
+        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata)
+    if with_rng:
+        state["rng"] = _sharded_rng_state()
+    try:
+        loaded = dist_checkpointing.load(state, str(path))
+    except dist_checkpointing.core.CheckpointingException as error:
+        raise ConfigError(f"{path} does not fit this model or number of ranks: {error}") from error
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[_chunk_name(i, chunks)])
+    if with_optimizer:
+        optimizer.load_state_dict(loaded["optimizer"])
+        finish_loading(optimizer)
+        scheduler.load_state_dict(loaded["scheduler"])
+    elif optimizer is not None:
+        optimizer.reload_model_params()
+    if with_rng:
+        _set_rng_state(loaded["rng"][0])
+    logger.info("loaded %s", path)
+    return Progress() if section.finetune else Progress(**loaded["progress"])
+
+
+def find_checkpoint(config: Config) -> Path | None:
+    """The checkpoint that the settings ask for, or None to start anew.
+
+    Raises:
+        ConfigError: checkpoint.load or ckpt_step names one that is not there.
+    """
+    section = config.checkpoint
+    directory = section.load or section.save
+    if directory is None or not (section.auto_resume or section.load):
+        return None
+    if section.ckpt_step is not None:
+        path = checkpoint_path(directory, section.ckpt_step)
+        if not path.is_dir():
+            raise ConfigError(f"checkpoint.ckpt_step = {section.ckpt_step}: no {path}")
+        return path
+    iteration = latest_iteration(directory)
+    if iteration is not None:
+        return checkpoint_path(directory, iteration)
+    if section.load is not None and section.load != section.save:
+        raise ConfigError(f"checkpoint.load = {section.load!r}: no checkpoint there")
+    return None
+
+
+def _model_state(chunks: list[nn.Module], config: Config) -> dict[str, Any]:
+    metadata = _metadata(config)
+    return {
+        _chunk_name(i, chunks): chunk.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
+        for i, chunk in enumerate(chunks)
+    }
+
+
+def _chunk_name(index: int, chunks: list[nn.Module]) -> str:
+    return "model" if len(chunks) == 1 else f"model{index}"
+
+
+def _metadata(config: Config) -> dict[str, Any]:
+    """How Megatron-Core lays out what it saves."""
+    if not config.parallelism.use_distributed_optimizer:
+        return {"chained_optim_avoid_prefix": True}
+    reshardable = config.checkpoint.dist_ckpt_optim_fully_reshardable
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable" if reshardable else "dp_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+    }
+
+
+def _sharded_rng_state() -> Any:
+    """Random states of this rank, as a list, since every rank has its own."""
+    from megatron.core import tensor_parallel
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    state = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),  # noqa: NPY002
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return ShardedObject("rng_state", [state], (world_size,), (rank,), replica_id=0)
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    from megatron.core import tensor_parallel
+
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _do_without_psutil() -> None:
+    """Megatron-Core's writer processes log their memory; without psutil they would fail silently.
+
+    NOTE: the main process then waits for them for ever.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if not getattr(filesystem_async, "HAVE_PSUTIL", True):
+        filesystem_async._process_memory = lambda: 0
+
+
+def _on_rank_0(action: Any) -> None:
+    if torch.distributed.get_rank() == 0:
+        action()
+    torch.distributed.barrier()
+
+
+def _make_empty(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+
+
+def _publish(config: Config, partial: Path, path: Path, iteration: int) -> None:
+    """Makes a complete checkpoint the latest, and removes those that are too old."""
+    (partial / "config.yaml").write_text(dump_config(config))
+    if path.exists():
+        shutil.rmtree(path)
+    partial.rename(path)
+    pointer = path.parent / _POINTER
+    temporary = pointer.with_suffix(".tmp")
+    temporary.write_text(f"{iteration}\n")
+    os.replace(temporary, pointer)
+    keep = config.checkpoint.keep_last
+    if keep is not None:
+        names = (p for p in path.parent.iterdir() if re.fullmatch(r"iter_\d{7,}", p.name))
+        for old in sorted(names)[:-keep]:
+            if old != path:
+                shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,80 @@
+"""How evenly tokens are spread over experts, whatever the dispatcher.
+
+Symbols: L layers of the model, E experts of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertLoad:
+    """Tokens per expert since the last report, over all ranks.
+
+    Attributes:
+        layer: 1-based number in the model.
+        tokens_per_expert: E counts.
+    """
+
+    layer: int
+    tokens_per_expert: list[int]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.tokens_per_expert) / len(self.tokens_per_expert)
+
+    @property
+    def max_over_mean(self) -> float:
+        """1 is perfect balance, E is all tokens on one expert."""
+        return max(self.tokens_per_expert) / self.mean if self.mean else 0.0
+
+    @property
+    def min_over_mean(self) -> float:
+        """1 is perfect balance, 0 is an unused expert."""
+        return min(self.tokens_per_expert) / self.mean if self.mean else 0.0
+
+
+class ExpertLoadMeter:
+    """Counts what the routers of this rank choose in training passes.
+
+    Args:
+        chunks: model chunks of this rank.
+        num_layers: L, of the whole model.
+        num_experts: E.
+        device: where to count.
+    """
+
+    def __init__(
+        self, chunks: Iterable[nn.Module], *, num_layers: int, num_experts: int, device: Any
+    ) -> None:
+        from megatron.core.transformer.moe.router import Router
+
+        self._counts = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
+        for chunk in chunks:
+            for module in chunk.modules():
+                if isinstance(module, Router):
+                    module.register_forward_hook(self._count)
+
+    def _count(self, router: Any, inputs: Any, output: Any) -> None:
+        """With recompute a layer runs twice; only the pass with gradients counts."""
+        layer = (router.layer_number or 0) - 1
+        if router.training and torch.is_grad_enabled() and 0 <= layer < len(self._counts):
+            _, routing_map = output
+            self._counts[layer] += routing_map.sum(dim=0)
+
+    def report(self) -> list[ExpertLoad]:
+        """Loads of the layers with experts, over all ranks, and starts anew; collective."""
+        torch.distributed.all_reduce(self._counts)
+        counts = self._counts.tolist()
+        self._counts.zero_()
+        return [
+            ExpertLoad(layer=layer, tokens_per_expert=tokens)
+            for layer, tokens in enumerate(counts, 1)
+            if any(tokens)
+        ]

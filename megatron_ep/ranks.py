@@ -1,0 +1,145 @@
+"""The ranks of a run: device, process groups and random seeds."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+
+from megatron_ep.config import Config, ConfigError, check_world_size
+from megatron_ep.cpu_compat import enable_cpu
+
+logger = logging.getLogger("megatron_ep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among the ranks.
+
+    Attributes:
+        rank: global rank.
+        world_size: number of ranks.
+        device: where the model is.
+        data_rank: index among the data-parallel ranks.
+        data_size: number of data-parallel ranks.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    data_rank: int
+    data_size: int
+
+
+def start_ranks(config: Config) -> Ranks:
+    """Makes process groups and sets seeds; torchrun sets the environment, one rank needs none.
+
+    Raises:
+        ConfigError: the device is not there, or the parallel sizes do not fit the number of ranks.
+    """
+    from megatron.core import parallel_state
+
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if problems := check_world_size(config, world_size):
+        raise ConfigError("\n".join(problems))
+    device = _choose_device(config)
+    _start_process_group(config, device)
+    sizes = config.parallelism
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes.tensor_model_parallel_size,
+        pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=sizes.virtual_pipeline_model_parallel_size,
+        context_parallel_size=sizes.context_parallel_size,
+        expert_model_parallel_size=sizes.expert_model_parallel_size,
+        expert_tensor_parallel_size=sizes.expert_tensor_parallel_size,
+        distributed_timeout_minutes=sizes.distributed_timeout_minutes,
+        create_gloo_process_groups=False,
+    )
+    _set_seeds(config.training.seed)
+    return Ranks(
+        rank=torch.distributed.get_rank(),
+        world_size=world_size,
+        device=device,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def stop_ranks() -> None:
+    """Ends the buffers of the dispatchers, then the process groups."""
+    import megatron_ep
+
+    megatron_ep.reset_buffers()
+    if torch.distributed.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Number of ranks, or groups of ranks, that see different sequences."""
+    sizes = config.parallelism
+    return world_size // (
+        sizes.tensor_model_parallel_size
+        * sizes.pipeline_model_parallel_size
+        * sizes.context_parallel_size
+    )
+
+
+def set_up_logging() -> None:
+    """Messages of rank 0 on the standard error stream; errors of every rank."""
+    rank = int(os.environ.get("RANK", "0"))
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[{rank}] %(message)s"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    logger.propagate = False
+
+
+def _choose_device(config: Config) -> torch.device:
+    wanted = config.training.device
+    if wanted == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when CUDA is first used
+    if not torch.cuda.is_available():
+        if wanted == "cuda":
+            raise ConfigError("training.device = 'cuda', but torch finds no CUDA device")
+        enable_cpu()
+        return torch.device("cpu")
+    if wanted == "cpu":
+        raise ConfigError("training.device = 'cpu': CUDA is in use already in this process")
+    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _start_process_group(config: Config, device: torch.device) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost")):
+        os.environ.setdefault(name, value)
+    backend = config.parallelism.distributed_backend
+    if backend == "auto":
+        backend = "gloo" if device.type == "cpu" else "nccl"
+    timeout = timedelta(minutes=config.parallelism.distributed_timeout_minutes)
+    if "MASTER_PORT" not in os.environ:  # a single rank, without torchrun
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(
+            backend, store=store, rank=0, world_size=1, timeout=timeout
+        )
+    else:
+        torch.distributed.init_process_group(backend, timeout=timeout)
+
+
+def _set_seeds(seed: int) -> None:
+    """Pipeline stages differ; tensor and expert ranks differ by Megatron's tracker of states."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(stage_seed)
+    np.random.seed(stage_seed)  # noqa: NPY002
+    torch.manual_seed(stage_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
