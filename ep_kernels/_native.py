@@ -63,6 +63,7 @@ class Routing(Structure):
     _fields_ = [
         ("topk_idx", c_void_p),
         ("rows", c_void_p),
+        ("routes", c_void_p),
         ("num_recv_tokens_per_expert", c_void_p),
         ("expert_offsets", c_void_p),
         ("own_rows", c_void_p),

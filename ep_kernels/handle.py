@@ -43,6 +43,8 @@ class DispatchHandle:
         num_rows: N, rows of the received tensors.
         topk_idx: [T, K] int64, a copy.
         rows: [T, K] int32, row of each choice on its rank, -1 where there is none.
+        routes: [T, K] int32, rank of each choice and whether it carries the row
+            (`csrc/core/routing.h`), -1 where there is none.
         num_recv_tokens_per_expert, expert_offsets: as in DispatchResult, on the buffer's device.
         own_rows: [L, 2] or [1, 2] int64, ranges of received rows that this rank itself sent.
         recv_sizes: [3] int64, rows with padding, without, and dropped for capacity.
@@ -58,6 +60,7 @@ class DispatchHandle:
     num_rows: int
     topk_idx: torch.Tensor
     rows: torch.Tensor
+    routes: torch.Tensor
     num_recv_tokens_per_expert: torch.Tensor
     expert_offsets: torch.Tensor
     own_rows: torch.Tensor

@@ -255,10 +255,12 @@ class HighThroughput:
             checks.check_int("capacity", capacity, low=0, high=(1 << 31) - 1)
         num_local = self._num_local_experts
         num_groups = num_local if layout is Layout.EXPERT_MAJOR else 1
-
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int64, device=self._backend.device)
-
+        device = self._backend.device
+        rows, routes = torch.full((2, *topk_idx.shape), -1, dtype=torch.int32, device=device)
+        parts = [num_local, num_local + 1, 2 * num_groups, 3]
+        counts, offsets, own_rows, recv_sizes = torch.zeros(
+            sum(parts), dtype=torch.int64, device=device
+        ).split(parts)
         return DispatchHandle(
             owner=self._identity,
             seq=-1,
@@ -268,11 +270,12 @@ class HighThroughput:
             num_tokens=num_tokens,
             num_rows=-1 if capacity is None else capacity,
             topk_idx=topk_idx.clone(),
-            rows=torch.full_like(topk_idx, -1, dtype=torch.int32),
-            num_recv_tokens_per_expert=zeros(num_local),
-            expert_offsets=zeros(num_local + 1),
-            own_rows=zeros(num_groups, 2),
-            recv_sizes=zeros(3),
+            rows=rows,
+            routes=routes,
+            num_recv_tokens_per_expert=counts,
+            expert_offsets=offsets,
+            own_rows=own_rows,
+            recv_sizes=recv_sizes,
         )
 
     def _sizes(
@@ -350,6 +353,7 @@ def _routing(handle: DispatchHandle) -> Routing:
     return Routing(
         topk_idx=handle.topk_idx.data_ptr(),
         rows=handle.rows.data_ptr(),
+        routes=handle.routes.data_ptr(),
         num_recv_tokens_per_expert=handle.num_recv_tokens_per_expert.data_ptr(),
         expert_offsets=handle.expert_offsets.data_ptr(),
         own_rows=handle.own_rows.data_ptr(),

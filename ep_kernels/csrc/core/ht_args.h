@@ -28,6 +28,7 @@ struct HtSizes {
 struct HtRouting {
   const int64_t* topk_idx;  ///< [T, K] expert of each choice, -1 = none
   int32_t* rows;            ///< [T, K] row of each choice on its rank, -1 = none or dropped
+  int32_t* routes;          ///< [T, K] where each choice is served, see core/routing.h
   int64_t* num_recv_tokens_per_expert;  ///< [L] rows without padding
   int64_t* expert_offsets;              ///< [L + 1] first row of each group; expert-major only
   int64_t* own_rows;    ///< [G, 2] half-open ranges of the rows that came from this rank itself

@@ -132,19 +132,18 @@ void plan_rows(const Group& group, const HtSizes& sizes, const CountMatrix& coun
   for (int64_t token = 0; token < sizes.num_tokens; ++token) {
     const int64_t* choices = routing.topk_idx + token * sizes.num_topk;
     int32_t* rows = routing.rows + token * sizes.num_topk;
+    int32_t* routes = routing.routes + token * sizes.num_topk;
     for (int k = 0; k < sizes.num_topk; ++k) {
-      rows[k] = -1;
+      rows[k] = routes[k] = kNoRoute;
       if (choices[k] < 0) continue;
       const int dst = group.placement.rank_of[choices[k]];
-      int64_t row;
-      if (by_expert) {
-        row = next[choices[k]]++;
-      } else {
-        if (last_token[dst] != token) ++next[dst];
-        last_token[dst] = token;
-        row = next[dst] - 1;
-      }
-      if (capacities[dst] < 0 || row < capacities[dst]) rows[k] = static_cast<int32_t>(row);
+      const bool is_shared = !by_expert && last_token[dst] == token;
+      last_token[dst] = token;
+      int64_t& next_row = next[by_expert ? choices[k] : dst];
+      const int64_t row = is_shared ? next_row - 1 : next_row++;
+      if (capacities[dst] >= 0 && row >= capacities[dst]) continue;
+      rows[k] = static_cast<int32_t>(row);
+      routes[k] = is_shared ? dst | kSharedRow : dst;
     }
   }
 }

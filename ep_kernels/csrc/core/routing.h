@@ -20,17 +20,16 @@ EP_HOST_DEVICE int rank_of_choice(const Placement& placement, int64_t expert) {
   return expert < 0 ? -1 : placement.rank_of[expert];
 }
 
-/// True for the first of a token's choices that lands on its rank. In the rank-major layout a
-/// token travels to a rank once, however many of that rank's experts it chose.
+/// Where a choice is served, one word: -1 if nowhere, else the rank and whether this choice carries
+/// the token's row there. In the rank-major layout a token travels to a rank once, with the first
+/// of its choices that land there; the others share the row.
 ///
-/// Example: ranks of the choices {1, 1, 0, -1} -> {true, false, true, false}.
-EP_HOST_DEVICE bool is_first_choice_on_rank(const Placement& placement, const int64_t* choices,
-                                            int k) {
-  const int rank = rank_of_choice(placement, choices[k]);
-  if (rank < 0) return false;
-  for (int i = 0; i < k; ++i)
-    if (rank_of_choice(placement, choices[i]) == rank) return false;
-  return true;
-}
+/// Example: ranks of the choices {1, 1, 0, -1}, rank-major -> {1, 1 | shared, 0, -1}.
+constexpr int32_t kNoRoute = -1;
+constexpr int32_t kSharedRow = 1 << 30;
+
+EP_HOST_DEVICE bool carries_row(int32_t route) { return route >= 0 && (route & kSharedRow) == 0; }
+
+EP_HOST_DEVICE int route_rank(int32_t route) { return route < 0 ? -1 : route & ~kSharedRow; }
 
 }  // namespace ep

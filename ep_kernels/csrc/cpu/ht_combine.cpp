@@ -46,25 +46,18 @@ struct RowRef {
 /// expert-major by ascending position in topk_idx.
 ///
 /// Example: rank_of the choices {1, 0, 1}, rows {7, 3, 7}: rank-major {(0,3), (1,7)}.
-void list_rows(const Group& group, const HtCombineArgs& args, int64_t token,
-               std::vector<RowRef>& refs) {
+void list_rows(const HtCombineArgs& args, int64_t token, std::vector<RowRef>& refs) {
   refs.clear();
   const int num_topk = args.sizes.num_topk;
-  const int64_t* choices = args.routing.topk_idx + token * num_topk;
-  const int32_t* rows = args.routing.rows + token * num_topk;
-  const bool by_expert = is_expert_major(args.sizes);
-  for (int k = 0; k < num_topk; ++k) {
-    if (rows[k] < 0) continue;
-    if (!by_expert && !is_first_choice_on_rank(group.placement, choices, k)) continue;
-    refs.push_back({group.placement.rank_of[choices[k]], rows[k]});
-  }
-  if (!by_expert)
+  for (int64_t choice = token * num_topk; choice < (token + 1) * num_topk; ++choice)
+    if (carries_row(args.routing.routes[choice]))
+      refs.push_back({route_rank(args.routing.routes[choice]), args.routing.rows[choice]});
+  if (!is_expert_major(args.sizes))
     std::sort(refs.begin(), refs.end(),
               [](const RowRef& a, const RowRef& b) { return a.rank < b.rank; });
 }
 
-void collect_weights(const Group& group, const HtCombineArgs& args, const std::vector<Source>& from,
-                     int64_t token) {
+void collect_weights(const HtCombineArgs& args, const std::vector<Source>& from, int64_t token) {
   const int num_topk = args.sizes.num_topk, weight_bytes = args.sizes.weight_bytes;
   for (int k = 0; k < num_topk; ++k) {
     const int64_t choice = token * num_topk + k, row = args.routing.rows[choice];
@@ -73,21 +66,20 @@ void collect_weights(const Group& group, const HtCombineArgs& args, const std::v
       std::memset(out, 0, weight_bytes);
       continue;
     }
-    const int src = group.placement.rank_of[args.routing.topk_idx[choice]];
+    const int src = route_rank(args.routing.routes[choice]);
     const int64_t element = is_expert_major(args.sizes) ? row : row * num_topk + k;
     std::memcpy(out, from[src].topk_weights + element * weight_bytes, weight_bytes);
   }
 }
 
-void reduce_tokens(const Transfer& transfer, const HtCombineArgs& args,
-                   const std::vector<Source>& from, Range tokens) {
+void reduce_tokens(const HtCombineArgs& args, const std::vector<Source>& from, Range tokens) {
   const HtSizes& sizes = args.sizes;
   const RowType type = static_cast<RowType>(sizes.row_type);
   const ReduceFn reduce = select_reduce(type);
   std::vector<RowRef> refs;
   std::vector<const void*> rows;
   for (int64_t token = tokens.begin; token < tokens.end; ++token) {
-    list_rows(transfer.group, args, token, refs);
+    list_rows(args, token, refs);
     rows.clear();
     for (const RowRef& ref : refs) rows.push_back(from[ref.rank].x + ref.row * sizes.row_bytes);
 
@@ -97,7 +89,7 @@ void reduce_tokens(const Transfer& transfer, const HtCombineArgs& args,
       if (bias) biases[num_biases++] = bias + token * sizes.row_bytes;
     reduce({args.out + token * sizes.row_bytes, rows.data(), biases, static_cast<int>(rows.size()),
             num_biases, sizes.row_bytes / element_bytes(type)});
-    if (args.out_topk_weights) collect_weights(transfer.group, args, from, token);
+    if (args.out_topk_weights) collect_weights(args, from, token);
   }
 }
 
@@ -149,7 +141,7 @@ void reduce_rows(const Transfer& transfer, const HtCombineArgs& args,
   const std::vector<Source> from = sources(transfer, args, offers);
   const int num_threads = args.sizes.num_threads;
   transfer.threads.run(num_threads, [&](int thread) {
-    reduce_tokens(transfer, args, from, split_evenly(args.sizes.num_tokens, thread, num_threads));
+    reduce_tokens(args, from, split_evenly(args.sizes.num_tokens, thread, num_threads));
   });
 }
 

@@ -58,14 +58,11 @@ void send_token(const Transfer& transfer, const HtDispatchArgs& args,
                 const std::vector<Destination>& to, int64_t token, Stores stores) {
   const HtSizes& sizes = args.sizes;
   const bool by_expert = static_cast<Layout>(sizes.layout) == Layout::kExpertMajor;
-  const int64_t* choices = args.routing.topk_idx + token * sizes.num_topk;
-  const int32_t* rows = args.routing.rows + token * sizes.num_topk;
+  const int32_t* routes = args.routing.routes + token * sizes.num_topk;
   for (int k = 0; k < sizes.num_topk; ++k) {
-    if (rows[k] < 0) continue;
-    const Placement& placement = transfer.group.placement;
-    if (!by_expert && !is_first_choice_on_rank(placement, choices, k)) continue;
-    const int dst = placement.rank_of[choices[k]];
-    const int64_t row = rows[k];
+    if (!carries_row(routes[k])) continue;
+    const int dst = route_rank(routes[k]);
+    const int64_t row = args.routing.rows[token * sizes.num_topk + k];
     copy_row(to[dst].x + row * sizes.row_bytes, args.x + token * sizes.row_bytes, sizes.row_bytes,
              stores);
     if (sizes.scale_bytes > 0)

@@ -26,40 +26,65 @@ __device__ bool is_expert_major(const HtCombineArgs& args) {
   return static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor;
 }
 
-__device__ const uint8_t* rows_of(const DeviceGroup& group, const HtCombineArgs& args, int rank) {
-  return rank == group.rank ? args.x : group.pool(rank) + group.state->offers[rank].x;
-}
+/// Base addresses of every rank's rows, in shared memory.
+struct Sources {
+  const uint8_t* x[kMaxRanks];
+  const uint8_t* topk_weights[kMaxRanks];
+
+  /// All threads.
+  __device__ void fill(const DeviceGroup& group, const HtCombineArgs& args) {
+    for (int rank = threadIdx.x; rank < group.num_ranks; rank += blockDim.x) {
+      const Offer offer = group.state->offers[rank];
+      const bool is_own = rank == group.rank;
+      x[rank] = is_own ? args.x : group.pool(rank) + offer.x;
+      topk_weights[rank] = is_own ? args.topk_weights : group.pool(rank) + offer.topk_weights;
+    }
+    __syncthreads();
+  }
+};
 
 /// Fills list[] with the addresses of the token's rows, in the order of addition: expert-major as
 /// in topk_idx, rank-major by rank. All lanes; returns how many.
-__device__ int list_rows(const DeviceGroup& group, const HtCombineArgs& args, int64_t token,
-                         int lane, const uint4** list) {
+__device__ int list_rows(const HtCombineArgs& args, const Sources& from, int64_t token, int lane,
+                         const uint4** list) {
   const int num_topk = args.sizes.num_topk;
-  const int64_t* choices = args.routing.topk_idx + token * num_topk;
+  const int32_t* routes = args.routing.routes + token * num_topk;
   const int32_t* rows = args.routing.rows + token * num_topk;
   const bool by_expert = is_expert_major(args);
   int count = 0;
   for (int first = 0; first < num_topk; first += kWarpSize) {
     const int k = first + lane;
-    const int32_t row = k < num_topk ? rows[k] : -1;
-    const int rank = row < 0 ? -1 : group.placement.rank_of[choices[k]];
-    const bool is_listed =
-        row >= 0 && (by_expert || is_first_choice_on_rank(group.placement, choices, k));
-    const unsigned listed = __ballot_sync(kAllLanes, is_listed);
+    const int32_t route = k < num_topk ? __ldg(routes + k) : kNoRoute;
+    const int64_t row = k < num_topk ? __ldg(rows + k) : -1;
+    const unsigned listed = __ballot_sync(kAllLanes, carries_row(route));
     int position = count + __popc(listed & ((1u << lane) - 1));
-    if (!by_expert && is_listed) {
+    if (!by_expert && carries_row(route)) {
       position = 0;  // rows of lower ranks come first
-      for (int other = 0; other < num_topk; ++other)
-        position += rows[other] >= 0 && group.placement.rank_of[choices[other]] < rank &&
-                    is_first_choice_on_rank(group.placement, choices, other);
+      for (int other = 0; other < num_topk; ++other) {
+        const int32_t other_route = __ldg(routes + other);
+        position += carries_row(other_route) && other_route < route;
+      }
     }
-    if (is_listed)
-      list[position] =
-          reinterpret_cast<const uint4*>(rows_of(group, args, rank) + row * args.sizes.row_bytes);
+    if (carries_row(route))
+      list[position] = reinterpret_cast<const uint4*>(from.x[route] + row * args.sizes.row_bytes);
     count += __popc(listed);
   }
   __syncwarp();
   return count;
+}
+
+/// Adds vectors `i` of up to kRowsAtOnce rows; all loads are under way before the first addition.
+template <typename Element>
+__device__ __forceinline__ void add_rows(typename Element::Acc (&sum)[Element::kPerVector],
+                                         const uint4* const (&rows)[kRowsAtOnce], int count,
+                                         int i) {
+  uint4 parts[kRowsAtOnce];
+#pragma unroll
+  for (int row = 0; row < kRowsAtOnce; ++row)
+    if (row < count) parts[row] = load_once(rows[row] + i);
+#pragma unroll
+  for (int row = 0; row < kRowsAtOnce; ++row)
+    if (row < count) Element::add(sum, parts[row]);
 }
 
 template <typename Element>
@@ -71,16 +96,18 @@ __device__ void reduce_token(const HtCombineArgs& args, int64_t token, int lane,
     return reinterpret_cast<const uint4*>(base + token * args.sizes.row_bytes);
   };
   auto* out = reinterpret_cast<uint4*>(args.out + token * args.sizes.row_bytes);
+  const uint4* rows[kRowsAtOnce];
+#pragma unroll
+  for (int row = 0; row < kRowsAtOnce; ++row) rows[row] = row < count ? list[row] : nullptr;
   for (int i = lane; i < num_vectors; i += kWarpSize) {
     Acc sum[Element::kPerVector] = {};
-    for (int first = 0; first < count; first += kRowsAtOnce) {
-      uint4 parts[kRowsAtOnce];
+    add_rows<Element>(sum, rows, count, i);
+    for (int first = kRowsAtOnce; first < count; first += kRowsAtOnce) {
+      const uint4* more[kRowsAtOnce];
 #pragma unroll
       for (int row = 0; row < kRowsAtOnce; ++row)
-        if (first + row < count) parts[row] = load_once(list[first + row] + i);
-#pragma unroll
-      for (int row = 0; row < kRowsAtOnce; ++row)
-        if (first + row < count) Element::add(sum, parts[row]);
+        more[row] = first + row < count ? list[first + row] : nullptr;
+      add_rows<Element>(sum, more, count - first, i);
     }
 #pragma unroll
     for (int bias = 0; bias < 2; ++bias)
@@ -89,17 +116,14 @@ __device__ void reduce_token(const HtCombineArgs& args, int64_t token, int lane,
   }
 }
 
-__device__ void collect_weights(const DeviceGroup& group, const HtCombineArgs& args, int64_t token,
+__device__ void collect_weights(const HtCombineArgs& args, const Sources& from, int64_t token,
                                 int lane) {
   const int num_topk = args.sizes.num_topk, weight_bytes = args.sizes.weight_bytes;
   for (int k = lane; k < num_topk; k += kWarpSize) {
     const int64_t choice = token * num_topk + k, row = args.routing.rows[choice];
     uint64_t value = 0;
     if (row >= 0) {
-      const int rank = group.placement.rank_of[args.routing.topk_idx[choice]];
-      const uint8_t* weights = rank == group.rank
-                                   ? args.topk_weights
-                                   : group.pool(rank) + group.state->offers[rank].topk_weights;
+      const uint8_t* weights = from.topk_weights[route_rank(args.routing.routes[choice])];
       const int64_t element = is_expert_major(args) ? row : row * num_topk + k;
       value = weight_bytes == 4 ? reinterpret_cast<const uint32_t*>(weights)[element]
                                 : reinterpret_cast<const uint64_t*>(weights)[element];
@@ -117,14 +141,16 @@ __global__ void __launch_bounds__(kNumThreads, 1)
                   const __grid_constant__ HtCombineArgs args) {
   if (!is_running(group)) return;
   extern __shared__ const uint4* shared_lists[];
+  __shared__ Sources from;
+  from.fill(group, args);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int num_warps = blockDim.x / kWarpSize;
   const uint4** list = shared_lists + warp * args.sizes.num_topk;
   for (int64_t token = int64_t{blockIdx.x} * num_warps + warp; token < args.sizes.num_tokens;
        token += int64_t{gridDim.x} * num_warps) {
-    const int count = list_rows(group, args, token, lane, list);
+    const int count = list_rows(args, from, token, lane, list);
     reduce_token<Element>(args, token, lane, list, count);
-    if (args.out_topk_weights) collect_weights(group, args, token, lane);
+    if (args.out_topk_weights) collect_weights(args, from, token, lane);
     __syncwarp();
   }
 }

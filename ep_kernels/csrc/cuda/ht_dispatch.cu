@@ -32,82 +32,89 @@ struct Pieces {
   int num_bytes;  // of a full piece
 };
 
-/// One destination of a token, held by the lane of its choice.
-struct Destination {
-  bool is_sent;
-  int rank;
-  int32_t row;
+/// Base addresses of every rank's results, in shared memory. Null where there are none.
+struct Destinations {
+  uint8_t* x[kMaxRanks];
+  uint8_t* scales[kMaxRanks];
+  uint8_t* topk_weights[kMaxRanks];
+  int64_t* topk_idx[kMaxRanks];
+
+  /// All threads.
+  __device__ void fill(const DeviceGroup& group) {
+    for (int rank = threadIdx.x; rank < group.num_ranks; rank += blockDim.x) {
+      const Offer offer = group.state->offers[rank];
+      uint8_t* pool = group.pool(rank);
+      const auto at = [&](int64_t offset) { return offset < 0 ? nullptr : pool + offset; };
+      x[rank] = at(offer.x);
+      scales[rank] = at(offer.scales);
+      topk_weights[rank] = at(offer.topk_weights);
+      topk_idx[rank] = reinterpret_cast<int64_t*>(at(offer.topk_idx));
+    }
+    __syncthreads();
+  }
 };
 
-__device__ Destination destination(const DeviceGroup& group, const HtDispatchArgs& args,
-                                   int64_t token, int k) {
-  const int num_topk = args.sizes.num_topk;
-  Destination to{false, -1, -1};
-  if (k >= num_topk) return to;
-  const int64_t* choices = args.routing.topk_idx + token * num_topk;
-  to.row = args.routing.rows[token * num_topk + k];
-  if (to.row < 0) return to;
-  to.rank = group.placement.rank_of[choices[k]];
-  to.is_sent = static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor ||
-               is_first_choice_on_rank(group.placement, choices, k);
-  return to;
-}
+/// A lane's choice of a token: where it is served, and on which row.
+struct Choice {
+  int32_t route, row;
 
-__device__ uint8_t* at(const DeviceGroup& group, int rank, int64_t offset) {
-  return group.pool(rank) + offset;
+  __device__ bool is_sent() const { return carries_row(route); }
+};
+
+__device__ Choice load_choice(const HtDispatchArgs& args, int64_t token, int k) {
+  if (k >= args.sizes.num_topk) return {kNoRoute, -1};
+  const int64_t choice = token * args.sizes.num_topk + k;
+  return {__ldg(args.routing.routes + choice), __ldg(args.routing.rows + choice)};
 }
 
 __device__ void copy_scales(uint8_t* dst, const uint8_t* src, int64_t num_bytes, int lane) {
   for (int64_t i = lane * 4; i < num_bytes; i += kWarpSize * 4)
-    *reinterpret_cast<uint32_t*>(dst + i) = *reinterpret_cast<const uint32_t*>(src + i);
+    *reinterpret_cast<uint32_t*>(dst + i) = __ldg(reinterpret_cast<const uint32_t*>(src + i));
 }
 
-__device__ void copy_weight(uint8_t* dst, const uint8_t* src, int weight_bytes) {
+__device__ uint64_t load_weight(const HtDispatchArgs& args, int64_t choice) {
+  return args.sizes.weight_bytes == 4
+             ? __ldg(reinterpret_cast<const uint32_t*>(args.topk_weights) + choice)
+             : __ldg(reinterpret_cast<const unsigned long long*>(args.topk_weights) + choice);
+}
+
+__device__ void store_weight(uint8_t* base, int64_t element, uint64_t weight, int weight_bytes) {
   if (weight_bytes == 4)
-    *reinterpret_cast<uint32_t*>(dst) = *reinterpret_cast<const uint32_t*>(src);
+    reinterpret_cast<uint32_t*>(base)[element] = static_cast<uint32_t>(weight);
   else
-    *reinterpret_cast<uint64_t*>(dst) = *reinterpret_cast<const uint64_t*>(src);
+    reinterpret_cast<uint64_t*>(base)[element] = weight;
 }
 
-/// Rank-major: the choices that `rank` serves, and their weights, beside row `row`. All lanes.
-__device__ void send_choices(const DeviceGroup& group, const HtDispatchArgs& args, int64_t token,
-                             int rank, int32_t row, int lane) {
-  const Offer& offer = group.state->offers[rank];
-  const int num_topk = args.sizes.num_topk, weight_bytes = args.sizes.weight_bytes;
-  for (int k = lane; k < num_topk; k += kWarpSize) {
-    const int64_t choice = token * num_topk + k, element = int64_t{row} * num_topk + k;
-    const int64_t expert = args.routing.topk_idx[choice];
-    const bool is_served = rank_of_choice(group.placement, expert) == rank;
-    if (offer.topk_idx >= 0)
-      reinterpret_cast<int64_t*>(at(group, rank, offer.topk_idx))[element] =
-          is_served ? group.placement.local_of[expert] : -1;
-    if (offer.topk_weights < 0) continue;
-    const uint64_t zero = 0;
-    const uint8_t* weight = is_served ? args.topk_weights + choice * weight_bytes
-                                      : reinterpret_cast<const uint8_t*>(&zero);
-    copy_weight(at(group, rank, offer.topk_weights) + element * weight_bytes, weight, weight_bytes);
-  }
-}
-
-/// What travels beside the rows of a token. All lanes; `to` is each lane's destination.
-__device__ void send_side_data(const DeviceGroup& group, const HtDispatchArgs& args, int64_t token,
-                               int k, const Destination& to, int lane) {
+/// What travels beside the rows of a token, for choices first ... first + 31 as destinations. All
+/// lanes; `own` is each lane's choice.
+__device__ void send_side_data(const DeviceGroup& group, const HtDispatchArgs& args,
+                               const Destinations& to, int64_t token, int first, Choice own) {
   const HtSizes& sizes = args.sizes;
+  const int lane = threadIdx.x % kWarpSize, num_topk = sizes.num_topk;
   const bool by_expert = static_cast<Layout>(sizes.layout) == Layout::kExpertMajor;
-  if (by_expert && to.is_sent && sizes.weight_bytes > 0)
-    copy_weight(at(group, to.rank, group.state->offers[to.rank].topk_weights) +
-                    int64_t{to.row} * sizes.weight_bytes,
-                args.topk_weights + (token * sizes.num_topk + k) * sizes.weight_bytes,
-                sizes.weight_bytes);
-  if (by_expert && sizes.scale_bytes == 0) return;
-  for (unsigned left = __ballot_sync(kAllLanes, to.is_sent); left != 0; left &= left - 1) {
+  const bool has_weights = sizes.weight_bytes > 0, has_scales = sizes.scale_bytes > 0;
+  const bool has_choices = !by_expert && (has_weights || sizes.handle_seq < 0);
+  if (by_expert && has_weights && own.is_sent())
+    store_weight(to.topk_weights[route_rank(own.route)], own.row,
+                 load_weight(args, token * num_topk + first + lane), sizes.weight_bytes);
+  if (!has_scales && !has_choices) return;
+  for (unsigned left = __ballot_sync(kAllLanes, own.is_sent()); left != 0; left &= left - 1) {
     const int source = __ffs(left) - 1;
-    const int rank = __shfl_sync(kAllLanes, to.rank, source);
-    const int32_t row = __shfl_sync(kAllLanes, to.row, source);
-    if (sizes.scale_bytes > 0)
-      copy_scales(at(group, rank, group.state->offers[rank].scales) + row * sizes.scale_bytes,
+    const int rank = route_rank(__shfl_sync(kAllLanes, own.route, source));
+    const int64_t row = __shfl_sync(kAllLanes, own.row, source);
+    if (has_scales)
+      copy_scales(to.scales[rank] + row * sizes.scale_bytes,
                   args.scales + token * sizes.scale_bytes, sizes.scale_bytes, lane);
-    if (!by_expert) send_choices(group, args, token, rank, row, lane);
+    for (int k = lane; has_choices && k < num_topk; k += kWarpSize) {
+      const int64_t choice = token * num_topk + k;
+      const bool is_served = route_rank(__ldg(args.routing.routes + choice)) == rank;
+      if (to.topk_idx[rank])
+        to.topk_idx[rank][row * num_topk + k] =
+            is_served ? group.placement.local_of[args.routing.topk_idx[choice]] : -1;
+      if (has_weights)
+        store_weight(to.topk_weights[rank], row * num_topk + k,
+                     is_served ? load_weight(args, choice) : 0, sizes.weight_bytes);
+    }
   }
 }
 
@@ -124,16 +131,16 @@ struct Item {
             static_cast<uint32_t>(min(int64_t{pieces.num_bytes}, args.sizes.row_bytes - begin))) {}
 };
 
-/// Sends side data, and for each destination calls store(destination of the piece). All lanes.
+/// Calls store(destination of the piece, or null) for 32 choices at a time, and sends side data
+/// with the first piece. All lanes; `own` is each lane's choice among the first 32.
 template <typename Store>
-__device__ void send_item(const DeviceGroup& group, const HtDispatchArgs& args, const Item& item,
-                          int lane, Store&& store) {
+__device__ void send_item(const DeviceGroup& group, const HtDispatchArgs& args,
+                          const Destinations& to, const Item& item, Choice own, Store&& store) {
+  const int lane = threadIdx.x % kWarpSize;
   for (int first = 0; first < args.sizes.num_topk; first += kWarpSize) {
-    const Destination to = destination(group, args, item.token, first + lane);
-    store(to, to.is_sent ? at(group, to.rank, group.state->offers[to.rank].x) +
-                               to.row * args.sizes.row_bytes + item.begin
-                         : nullptr);
-    if (item.begin == 0) send_side_data(group, args, item.token, first + lane, to, lane);
+    if (first > 0) own = load_choice(args, item.token, first + lane);
+    store(own.is_sent() ? to.x[own.route] + own.row * args.sizes.row_bytes + item.begin : nullptr);
+    if (item.begin == 0) send_side_data(group, args, to, item.token, first, own);
   }
 }
 
@@ -162,8 +169,11 @@ __device__ void load(const HtDispatchArgs& args, const Item& item, const Stages&
 
 /// Sends items first, first + stride, ... through shared memory, one stage ahead.
 __device__ void send_items(const DeviceGroup& group, const HtDispatchArgs& args,
-                           const Pieces& pieces, const Stages& stages, Range items, int stride) {
+                           const Destinations& to, const Pieces& pieces, const Stages& stages,
+                           Range items, int stride) {
   const int lane = threadIdx.x % kWarpSize;
+  Choice next{kNoRoute, -1};
+  if (items.begin < items.end) next = load_choice(args, items.begin / pieces.num_per_row, lane);
   if (lane == 0) {
     for (int i = 0; i < kNumStages; ++i) init_barrier(stages.barriers + i);
     fence_barrier_init();
@@ -172,14 +182,18 @@ __device__ void send_items(const DeviceGroup& group, const HtDispatchArgs& args,
   __syncwarp();
   int64_t step = 0;
   for (int64_t i = items.begin; i < items.end; i += stride, ++step) {
+    const Item item(args, pieces, i);
+    const Choice own = next;
     wait_stores_read<0>();  // each lane's own stores out of the next stage
     __syncwarp();
-    if (lane == 0 && i + stride < items.end)
-      load(args, Item(args, pieces, i + stride), stages, step + 1);
+    if (i + stride < items.end) {
+      const Item ahead(args, pieces, i + stride);
+      next = load_choice(args, ahead.token, lane);
+      if (lane == 0) load(args, ahead, stages, step + 1);
+    }
     wait_barrier(stages.barrier(step), stages.parity(step));
-    const Item item(args, pieces, i);
-    send_item(group, args, item, lane, [&](const Destination& to, uint8_t* dst) {
-      if (to.is_sent) bulk_store(dst, stages.stage(step), item.num_bytes);
+    send_item(group, args, to, item, own, [&](uint8_t* dst) {
+      if (dst) bulk_store(dst, stages.stage(step), item.num_bytes);
     });
     commit_stores();
   }
@@ -190,14 +204,15 @@ __device__ void send_items(const DeviceGroup& group, const HtDispatchArgs& args,
 
 /// Sends items first, first + stride, ... through registers.
 __device__ void send_items(const DeviceGroup& group, const HtDispatchArgs& args,
-                           const Pieces& pieces, Range items, int stride) {
+                           const Destinations& to, const Pieces& pieces, Range items, int stride) {
   const int lane = threadIdx.x % kWarpSize;
   for (int64_t i = items.begin; i < items.end; i += stride) {
     const Item item(args, pieces, i);
     const auto* src =
         reinterpret_cast<const uint4*>(args.x + item.token * args.sizes.row_bytes + item.begin);
-    send_item(group, args, item, lane, [&](const Destination& to, uint8_t* dst) {
-      for (unsigned left = __ballot_sync(kAllLanes, to.is_sent); left != 0; left &= left - 1) {
+    const Choice own = load_choice(args, item.token, lane);
+    send_item(group, args, to, item, own, [&](uint8_t* dst) {
+      for (unsigned left = __ballot_sync(kAllLanes, dst != nullptr); left != 0; left &= left - 1) {
         const auto address =
             __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(dst), __ffs(left) - 1);
         for (uint32_t j = lane; j < item.num_bytes / 16; j += kWarpSize)
@@ -214,6 +229,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
                 const __grid_constant__ HtDispatchArgs args,
                 const __grid_constant__ Pieces pieces) {
   if (!is_running(group)) return;
+  __shared__ Destinations to;
+  to.fill(group);
   const int num_warps = blockDim.x / kWarpSize, warp = threadIdx.x / kWarpSize;
   const Range items{int64_t{blockIdx.x} * num_warps + warp,
                     args.sizes.num_tokens * pieces.num_per_row};
@@ -223,9 +240,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
   __shared__ uint64_t barriers[kMaxWarps * kNumStages];
   const Stages stages{shared_bytes + warp * kNumStages * pieces.num_bytes,
                       barriers + warp * kNumStages, pieces.num_bytes};
-  send_items(group, args, pieces, stages, items, stride);
+  send_items(group, args, to, pieces, stages, items, stride);
 #else
-  send_items(group, args, pieces, items, stride);
+  send_items(group, args, to, pieces, items, stride);
 #endif
 }
 
@@ -241,16 +258,14 @@ __global__ void __launch_bounds__(kPadThreads)
                const __grid_constant__ HtDispatchArgs args) {
   if (!is_running(group)) return;
   const HtSizes& sizes = args.sizes;
+  uint8_t* own = group.pool(group.rank);
   if (static_cast<Layout>(sizes.layout) == Layout::kRankMajor) {
     const int64_t begin = min(args.routing.recv_sizes[0], sizes.capacity) * sizes.num_topk;
     const int64_t end = sizes.capacity * sizes.num_topk, stride = int64_t{gridDim.x} * blockDim.x;
     for (int64_t i = begin + blockIdx.x * blockDim.x + threadIdx.x; i < end; i += stride) {
-      if (args.recv_topk_idx >= 0)
-        reinterpret_cast<int64_t*>(at(group, group.rank, args.recv_topk_idx))[i] = -1;
-      const uint64_t zero = 0;
+      if (args.recv_topk_idx >= 0) reinterpret_cast<int64_t*>(own + args.recv_topk_idx)[i] = -1;
       if (args.recv_topk_weights >= 0)
-        copy_weight(at(group, group.rank, args.recv_topk_weights) + i * sizes.weight_bytes,
-                    reinterpret_cast<const uint8_t*>(&zero), sizes.weight_bytes);
+        store_weight(own + args.recv_topk_weights, i, 0, sizes.weight_bytes);
     }
     return;
   }
@@ -262,11 +277,10 @@ __global__ void __launch_bounds__(kPadThreads)
     int64_t end = args.routing.expert_offsets[local + 1];
     if (sizes.capacity >= 0) end = min(end, sizes.capacity);
     if (begin >= end) continue;
-    zero_rows(at(group, group.rank, args.recv_x), sizes.row_bytes, begin, end);
-    if (args.recv_scales >= 0)
-      zero_rows(at(group, group.rank, args.recv_scales), sizes.scale_bytes, begin, end);
+    zero_rows(own + args.recv_x, sizes.row_bytes, begin, end);
+    if (args.recv_scales >= 0) zero_rows(own + args.recv_scales, sizes.scale_bytes, begin, end);
     if (args.recv_topk_weights >= 0)
-      zero_rows(at(group, group.rank, args.recv_topk_weights), sizes.weight_bytes, begin, end);
+      zero_rows(own + args.recv_topk_weights, sizes.weight_bytes, begin, end);
   }
 }
 

@@ -87,6 +87,16 @@ __global__ void __launch_bounds__(kNumThreads)
     scratch[int64_t{blockIdx.x} * num_columns + column] = masks.size(column);
 }
 
+/// Whether no earlier choice of the token of choice `index` lands on the same rank.
+__device__ bool is_first_on_rank(const DeviceGroup& group, const HtDispatchArgs& args,
+                                 int64_t index) {
+  const int64_t* topk_idx = args.routing.topk_idx;
+  const int rank = group.placement.rank_of[topk_idx[index]];
+  for (int64_t other = index - index % args.sizes.num_topk; other < index; ++other)
+    if (rank_of_choice(group.placement, topk_idx[other]) == rank) return false;
+  return true;
+}
+
 __global__ void __launch_bounds__(kNumThreads)
     plan_kernel(const __grid_constant__ DeviceGroup group,
                 const __grid_constant__ HtDispatchArgs args, const int32_t* scratch) {
@@ -102,16 +112,18 @@ __global__ void __launch_bounds__(kNumThreads)
       min(first + int64_t{kChunkTokens} * num_topk, args.sizes.num_tokens * num_topk);
   for (int64_t i = first + threadIdx.x; i < end; i += blockDim.x) {
     const int64_t expert = args.routing.topk_idx[i];
-    int32_t row = -1;
+    int32_t row = -1, route = kNoRoute;
     if (expert >= 0) {
       const int dst = group.placement.rank_of[expert];
       const int column = by_expert ? group.num_ranks + static_cast<int>(expert) : dst;
       row =
           first_rows[column] + masks.size_before(column, static_cast<int>((i - first) / num_topk));
+      route = by_expert || is_first_on_rank(group, args, i) ? dst : dst | kSharedRow;
       const int64_t capacity = group.state->capacities[dst];
-      if (capacity >= 0 && row >= capacity) row = -1;
+      if (capacity >= 0 && row >= capacity) row = route = kNoRoute;
     }
     args.routing.rows[i] = row;
+    args.routing.routes[i] = route;
   }
 }
 
