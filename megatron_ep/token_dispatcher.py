@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from megatron.core.utils import get_pg_rank
 
 from ep_kernels import Layout
 from megatron_ep.autograd import combine, dispatch
@@ -83,14 +84,14 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
 
     def _check_placement(self) -> None:
         """Local experts are block `ep_rank`; group ranks count expert_tp first, then ep."""
-        ep_rank, num_local = self.ep_group.rank(), self.num_local_experts
+        ep_rank, num_local = get_pg_rank(self.ep_group), self.num_local_experts
         expected = list(range(ep_rank * num_local, (ep_rank + 1) * num_local))
         if list(self.local_expert_indices) != expected:
             raise ValueError(
                 f"local_expert_indices={self.local_expert_indices} on expert parallel rank "
                 f"{ep_rank}: expected {expected}"
             )
-        group_rank = self.tp_ep_group.rank()
+        group_rank = get_pg_rank(self.tp_ep_group)
         if group_rank != ep_rank * self.tp_size + self.tp_rank:
             raise ValueError(
                 f"rank {group_rank} of the expert tensor and model parallel group has expert "

@@ -1,11 +1,13 @@
 """The token dispatcher by itself: routing maps that no router makes, memory, placement, buffers."""
 
+import doctest
+
 import dispatcher_cases as cases
 import pytest
 import torch
 from moe_layers import Grid
 
-from megatron_ep import BufferOptions, configure
+from megatron_ep import BufferOptions, configure, routing
 from megatron_ep.routing import place_slices, slice_experts, to_topk_idx
 
 GRIDS = [
@@ -60,6 +62,10 @@ def test_another_order_of_experts_or_ranks_is_refused(ranks, num_ranks):
 @pytest.mark.parametrize("num_ranks", [1])
 def test_a_cuda_graph_may_contain_preprocessing_only(ranks, num_ranks):
     ranks.run(cases.check_cuda_graph_parts)
+
+
+def test_examples_in_the_docstrings_are_right():
+    assert doctest.testmod(routing, extraglobs={"torch": torch}).failed == 0
 
 
 def test_topk_idx_lists_experts_in_ascending_order():
