@@ -218,7 +218,10 @@ def make_buffer(backend, *, group=None, case=None, **options):
     import ep_kernels
 
     options.setdefault("pool_bytes", 256 << 20)
-    return ep_kernels.Buffer(group, device=backend, **options)
+    buffer = ep_kernels.Buffer(group, device=backend, **options)
+    # New memory is zero, used memory is not: what has to be zero must not be so by luck.
+    buffer.empty(2 << 20, dtype=torch.uint8).fill_(0x7F)
+    return buffer
 
 
 def dispatch(buffer, world, xs):

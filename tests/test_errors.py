@@ -3,6 +3,7 @@ and its value; ranks that disagree all learn about what; the buffer works afterw
 """
 
 import re
+import time
 
 import cases
 import pytest
@@ -454,6 +455,61 @@ def on_rank_async_errors(rank, backend, case):
 @THREE_RANKS
 def test_the_event_of_an_asynchronous_call_raises_its_error(ranks, num_ranks):
     ranks.run(on_rank_async_errors, "cpu", CASE)
+
+
+def on_rank_many_refusals(rank, backend):
+    """Rank 1 does not wait for the others when it refuses; they come late, to every refusal."""
+    world = World(CASE, rank)
+    with cases.make_buffer(backend, case=CASE) as buffer:
+        handle = cases.dispatch(buffer, world, world.xs()).handle
+        time.sleep(0 if rank == 1 else 0.1)
+        for i in range(30):
+            num_sms = -i if rank == 1 else None
+            error = error_of(buffer.combine, world.ys()[rank], handle, num_sms=num_sms)
+            check_message(
+                error, rf"num_sms=-?{i}\b" if rank == 1 else rf"rank 1\b.*num_sms=-?{i}\b"
+            )
+        cases.check_round_trip(buffer, world)
+
+
+@THREE_RANKS
+def test_a_rank_may_refuse_many_calls_before_the_others_make_them(ranks, backend, num_ranks):
+    ranks.run(on_rank_many_refusals, backend)
+
+
+def on_rank_error_behind_calls(rank, backend, kind):
+    """Large rows are on their way when a later call is refused, or ranks disagree about it."""
+    case = Case(
+        num_ranks=3, num_tokens=(900, 1000, 800), hidden=7168, capacity=(2400,) * 3, num_topk=3
+    )
+    world = World(case, rank)
+    xs = [torch.full((n, case.hidden), 1.0 + i).bfloat16() for i, n in enumerate(case.num_tokens)]
+    with cases.make_buffer(backend, case=case, num_sms=1) as buffer:
+        for _ in range(3):
+            result = buffer.dispatch(
+                xs[rank],
+                world.topk_idxs[rank],
+                world.topk_weights[rank],
+                capacity=2400,
+                async_op=True,
+            )
+            options = {"refusal": dict(num_sms=-1), "disagreement": dict(expert_alignment=4)}[kind]
+            error = error_of(
+                buffer.dispatch,
+                world.xs()[rank][:3],
+                world.topk_idxs[rank][:3],
+                **(options if rank == 1 else {}),
+            )
+            check_message(error, "num_sms=-1|expert_alignment")
+            result.event.wait()
+            cases.check_dispatch_result(result, world, xs)
+            del result
+
+
+@THREE_RANKS
+@pytest.mark.parametrize("kind", ["refusal", "disagreement"])
+def test_an_error_does_not_disturb_the_calls_under_way(ranks, num_ranks, kind):
+    ranks.run(on_rank_error_behind_calls, "cpu", kind)
 
 
 def on_rank_pool_full(rank, backend, case):
