@@ -24,7 +24,8 @@ import torch
 from torch import nn
 
 from megatron_ep.config import Config, ConfigError, dump_config
-from megatron_ep.optim import finish_loading, prepare_for_loading
+from megatron_ep.model import unwrap
+from megatron_ep.optim import load_optimizer, prepare_for_loading
 
 logger = logging.getLogger("megatron_ep")
 
@@ -128,10 +129,9 @@ def load_checkpoint(
     except dist_checkpointing.core.CheckpointingException as error:
         raise ConfigError(f"{path} does not fit this model or number of ranks: {error}") from error
     for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[_chunk_name(i, chunks)])
+        unwrap(chunk).load_state_dict(loaded[_chunk_name(i, chunks)])
     if with_optimizer:
-        optimizer.load_state_dict(loaded["optimizer"])
-        finish_loading(optimizer)
+        load_optimizer(optimizer, loaded["optimizer"])
         scheduler.load_state_dict(loaded["scheduler"])
     elif optimizer is not None:
         optimizer.reload_model_params()
@@ -167,7 +167,7 @@ def find_checkpoint(config: Config) -> Path | None:
 def _model_state(chunks: list[nn.Module], config: Config) -> dict[str, Any]:
     metadata = _metadata(config)
     return {
-        _chunk_name(i, chunks): chunk.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
+        _chunk_name(i, chunks): unwrap(chunk).sharded_state_dict(metadata=metadata)
         for i, chunk in enumerate(chunks)
     }
 

@@ -183,6 +183,7 @@ def make_iterator(
         pin_memory=on_gpu,
         persistent_workers=num_workers > 0,
         multiprocessing_context="spawn" if num_workers > 0 else None,
+        generator=torch.Generator(),  # or it would draw from the random state of dropout
     )
     for batch in loader:
         yield {name: value.to(ranks.device, non_blocking=on_gpu) for name, value in batch.items()}

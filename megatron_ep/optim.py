@@ -51,6 +51,28 @@ def build_scheduler(config: Config, optimizer: Any, *, global_batch_size: int) -
     )
 
 
+def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """Loads what optimizer.sharded_state_dict() described, with the right step counters.
+
+    NOTE: with torch's Adam, Megatron-Core 0.16's distributed optimizer overwrites the counters by
+    those from before the load (format dp_reshardable) or looks for one in vain (fully_reshardable),
+    and gives all parameters the same tensor, which every parameter's update then advances. The
+    right value is in the parameter groups.
+    """
+    for part in _parts(optimizer):
+        if hasattr(part, "_set_main_param_and_optimizer_states"):
+            _tolerate_missing_step(part)
+    with torch.no_grad():
+        optimizer.load_state_dict(state)
+    for inner in _torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                own = inner.state[parameter]
+                if "step" in own:
+                    step = group.get("step")
+                    own["step"] = own["step"].clone() if step is None else torch.tensor(float(step))
+
+
 def prepare_for_loading(optimizer: Any) -> None:
     """Gives torch's optimizers the state that a checkpoint is loaded into.
 
@@ -67,21 +89,25 @@ def prepare_for_loading(optimizer: Any) -> None:
                     state["exp_avg_sq"] = torch.zeros_like(parameter.data)
 
 
-def finish_loading(optimizer: Any) -> None:
-    """Gives each parameter a step counter of its own.
+def _tolerate_missing_step(part: Any) -> None:
+    """The step may be missing among the tensors that the distributed optimizer copies from."""
+    original = part._set_main_param_and_optimizer_states
 
-    NOTE: after a load, the distributed optimizer has one tensor for all; every parameter's update
-    would advance it.
-    """
-    for inner in _torch_optimizers(optimizer):
-        for state in inner.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()
+    def set_states(model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
+        own = part._get_main_param_and_optimizer_states(model_param)
+        step = {name: own[name] for name in ("step",) if name in own}
+        original(model_param, {**step, **tensors})
+
+    part._set_main_param_and_optimizer_states = set_states
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def _torch_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
     """The optimizers of torch inside of Megatron-Core's; none where it uses fused ones."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         inner = getattr(part, "optimizer", None)
         if isinstance(inner, (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)):
             yield inner
