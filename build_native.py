@@ -45,7 +45,11 @@ CXX_FLAGS = [
     "-ffp-contract=off",
     *("-Wall", "-Wextra"),
 ]
-LINK_FLAGS = ["-shared", "-pthread", "-Wl,--no-undefined", "-Wl,--as-needed"]
+# NOTE: CUDA builds of torch load libraries that export parts of the C++ standard library, and those
+# would replace ours. Hence nothing but the C interface is visible, and libstdc++ comes along.
+EXPORTS = "{ global: ep_*; local: *; };\n"
+EXPORTS_FILE = "exports.map"
+LINK_FLAGS = ["--no-undefined", "--as-needed", "--exclude-libs", "ALL", "--version-script"]
 SIMD_FLAGS = {
     "_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mf16c"],
@@ -110,6 +114,7 @@ def build(lib_dir: Path, *, verbose: bool = False) -> list[Path]:
     """
     libraries = plan_libraries()
     BUILD_DIR.mkdir(parents=True, exist_ok=True)
+    _write_if_changed(BUILD_DIR / EXPORTS_FILE, EXPORTS)
     _write_if_changed(BUILD_DIR / "build.ninja", "".join(_ninja_lines(libraries)))
     command = [*_find_ninja(), "-C", str(BUILD_DIR)]
     command += ["-v"] if verbose else []
@@ -191,18 +196,21 @@ def _rules(with_cuda: bool) -> Iterator[tuple[str, str]]:
     cxx = os.environ.get("CXX", "g++")
     werror = os.environ.get("EP_KERNELS_WERROR", "0") not in {"", "0"}
     flags = _join([*CXX_FLAGS, *(["-Werror"] if werror else []), f"-I{CSRC}"])
-    cxx_flags = f"{flags} {_ninja_text(os.environ.get('CXXFLAGS', ''))}"
-    ld_flags = f"{_join(LINK_FLAGS)} {_ninja_text(os.environ.get('LDFLAGS', ''))}"
+    cxx_flags = f"{flags} {_env_text('CXXFLAGS')}"
     yield "cxx", f"{cxx} {cxx_flags} $flags -MMD -MF $out.d -c $in -o $out"
-    yield "link", f"{cxx} $in {ld_flags} -lrt -ldl -o $out"
+    static_flags = _static_flags(cxx)
+    linker_flags = ",".join([*LINK_FLAGS, EXPORTS_FILE])
+    ld_flags = f"-Wl,{linker_flags} {' '.join(static_flags)} {_env_text('LDFLAGS')}"
+    yield "link", f"{cxx} -shared -pthread $in {ld_flags} -lrt -ldl -o $out"
     if with_cuda:
         nvcc = find_nvcc()
         gencode = _gencode(str(nvcc), os.environ.get("EP_KERNELS_CUDA_ARCHS", ""))
         werror_flags = ["-Werror", "all-warnings"] if werror else []
         nvcc_flags = _join([*NVCC_FLAGS, *werror_flags, *gencode, f"-I{CSRC}"])
         yield "nvcc", f"{nvcc} -ccbin {cxx} {nvcc_flags} -MMD -MF $out.d -c $in -o $out"
-        linker_flags = "-Xlinker --no-undefined -lrt -ldl -lpthread"
-        yield "link_cuda", f"{nvcc} -ccbin {cxx} -shared -cudart static $in {linker_flags} -o $out"
+        ld_flags = f"-Xlinker {linker_flags} -Xcompiler {','.join(['-pthread', *static_flags])}"
+        link = f"{nvcc} -ccbin {cxx} -shared -cudart static"
+        yield "link_cuda", f"{link} $in {ld_flags} -lrt -ldl -o $out"
 
 
 def _edges(libraries: list[Library]) -> Iterator[Edge]:
@@ -217,6 +225,17 @@ def _edges(libraries: list[Library]) -> Iterator[Edge]:
             flags = next((f for end, f in SIMD_FLAGS.items() if source.name.endswith(end)), [])
             yield Edge(objects[source], "nvcc" if is_cuda else "cxx", [str(source)], _join(flags))
         yield Edge(library.name, library.linker, [objects[source] for source in library.sources])
+
+
+def _static_flags(cxx: str) -> list[str]:
+    """Takes libstdc++ into the library where the compiler has it as an archive."""
+    command = [*shlex.split(cxx), "-print-file-name=libstdc++.a"]
+    try:
+        printed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except OSError as error:
+        raise BuildError(f"the C++ compiler {cxx!r} (CXX) cannot run: {error}") from None
+    has_archive = Path(printed.strip()).is_absolute()
+    return ["-static-libstdc++", "-static-libgcc"] if has_archive else []
 
 
 def _gencode(nvcc: str, archs: str) -> list[str]:
@@ -272,6 +291,10 @@ def _write_if_changed(path: Path, text: str) -> None:
 
 def _join(arguments: Iterable[str]) -> str:
     return _ninja_text(shlex.join(arguments))
+
+
+def _env_text(name: str) -> str:
+    return _ninja_text(os.environ.get(name, ""))
 
 
 def _ninja_text(text: str) -> str:
