@@ -103,6 +103,10 @@ create_venv() {
   "$base" -m venv "${options[@]}" "$venv" >/dev/null 2>&1 ||
     "$base" -m venv --without-pip "${options[@]}" "$venv" ||
     die "could not create $venv; on Debian and Ubuntu: apt-get install python3-venv"
+  if ! "$venv_python" -m pip --version >/dev/null 2>&1 && [ ${#options[@]} = 0 ]; then
+    rm -rf "$venv"
+    die "$base has no pip for new environments; on Debian and Ubuntu: apt-get install python3-venv"
+  fi
   if [ ${#options[@]} -gt 0 ]; then
     link_outer_environment "$base"
   fi
