@@ -41,6 +41,7 @@ def run_ranks(job: Job, *, timeout_s: float) -> dict[str, Any]:
     Raises:
         LaunchError: a rank failed, or the time is over.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the ranks are ended, too
     environment = os.environ | MALLOC_SETTINGS
     environment["OMP_NUM_THREADS"] = str(job.workload.num_threads)
     # start_new_session: one signal reaches mpirun and all that it started.
