@@ -46,6 +46,7 @@ def uses_transformer_engine(config: Config) -> bool:
                 "parallelism.context_parallel_size > 1",
                 config.parallelism.context_parallel_size > 1,
             ),
+            ("multi_latent_attention", config.transformer.get("multi_latent_attention", False)),
             ("moe.moe_grouped_gemm", config.moe.moe_grouped_gemm),
             ("moe.moe_permute_fusion", config.moe.moe_permute_fusion),
         )

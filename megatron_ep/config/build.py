@@ -67,12 +67,14 @@ def ddp_config(config: Config) -> Any:
     from megatron.core.distributed import DistributedDataParallelConfig
 
     sizes = config.parallelism
+    # With fp16 an overflow is normal: the loss scale is lowered and the step skipped.
+    checks_nan = config.training.check_for_nan_in_grad and config.model.precision != "fp16"
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=sizes.overlap_grad_reduce,
         overlap_param_gather=sizes.overlap_param_gather,
         use_distributed_optimizer=sizes.use_distributed_optimizer,
-        check_for_nan_in_grad=config.training.check_for_nan_in_grad,
+        check_for_nan_in_grad=checks_nan,
     )
 
 

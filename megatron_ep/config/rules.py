@@ -35,6 +35,7 @@ def check_world_size(config: Config, world_size: int) -> list[str]:
         problems.append(
             f"{world_size} ranks are not divisible by expert tensor * expert * pipeline parallel "
             f"size = {expert}"
+            + ("" if sizes.expert_tensor_parallel_size else _expert_tp_hint(config))
         )
     if not problems and config.training.global_batch_size is not None:
         per_pass = config.training.micro_batch_size * (world_size // dense)
@@ -44,6 +45,12 @@ def check_world_size(config: Config, world_size: int) -> list[str]:
                 f"divisible by micro_batch_size * data parallel size = {per_pass}"
             )
     return problems
+
+
+def _expert_tp_hint(config: Config) -> str:
+    if config.parallelism.tensor_model_parallel_size == 1:
+        return ""
+    return " (parallelism.expert_tensor_parallel_size = 1 does not slice experts)"
 
 
 def _model_rules(config: Config) -> Iterator[str]:
