@@ -41,10 +41,14 @@ class CudaConfig(Structure):
     ]
 
 
-MIRRORS = (ErrorRecord, CudaConfig, Sizes, Routing, DispatchArgs, CombineArgs)
+class CallOrder(Structure):
+    _fields_ = [("caller", c_void_p), ("previous", c_void_p), ("is_async", c_int32)]
+
+
+MIRRORS = (CallOrder, CudaConfig, Sizes, Routing, DispatchArgs, CombineArgs)
 
 _ERROR, _CALL, _OUT = POINTER(ErrorRecord), POINTER(c_int64), POINTER(c_void_p)
-_DISPATCH, _COMBINE = POINTER(DispatchArgs), POINTER(CombineArgs)
+_DISPATCH, _COMBINE, _ORDER = POINTER(DispatchArgs), POINTER(CombineArgs), POINTER(CallOrder)
 _SIGNATURES: Signatures = {
     "ep_cuda_abi_sizes": (None, [POINTER(c_int32)]),
     "ep_cuda_buffer_create": (c_int32, [POINTER(CudaConfig), _OUT, POINTER(c_uint8), _ERROR]),
@@ -52,20 +56,22 @@ _SIGNATURES: Signatures = {
     "ep_cuda_buffer_destroy": (c_int32, [c_void_p, _ERROR]),
     "ep_cuda_buffer_delete": (None, [c_void_p]),
     "ep_cuda_block_allocate": (c_int32, [c_void_p, c_int64, _OUT, _OUT, POINTER(c_int64), _ERROR]),
-    "ep_cuda_block_free": (None, [c_void_p]),
+    "ep_cuda_block_free": (None, [c_void_p, c_void_p, c_void_p]),
     "ep_cuda_pool_stats": (None, [c_void_p, POINTER(c_int64)]),
-    "ep_cuda_scratch_elements": (c_int64, [c_void_p, c_int64]),
-    "ep_cuda_notify": (c_int32, [c_void_p, _DISPATCH, c_void_p, c_void_p, _CALL, _ERROR]),
-    "ep_cuda_wait_sizes": (
+    "ep_cuda_notify": (
         c_int32,
-        [c_void_p, c_int64, c_void_p, POINTER(c_int64), c_void_p, c_void_p, _ERROR],
+        [c_void_p, _DISPATCH, _ORDER, _CALL, POINTER(c_int64), c_void_p, c_void_p, _ERROR],
     ),
-    "ep_cuda_send": (c_int32, [c_void_p, c_int64, _DISPATCH, c_int32, c_void_p, _ERROR]),
-    "ep_cuda_dispatch": (c_int32, [c_void_p, _DISPATCH, c_void_p, c_void_p, _CALL, _ERROR]),
-    "ep_cuda_combine": (c_int32, [c_void_p, _COMBINE, c_void_p, _CALL, _ERROR]),
-    "ep_cuda_barrier": (c_int32, [c_void_p, c_void_p, _CALL, _ERROR]),
-    "ep_cuda_refuse": (c_int32, [c_void_p, c_char_p, c_void_p, _CALL, _ERROR]),
-    "ep_cuda_check": (c_int32, [c_void_p, c_int64, POINTER(c_int32), _ERROR]),
+    "ep_cuda_send": (c_int32, [c_void_p, c_int64, _DISPATCH, c_int32, _ORDER, _ERROR]),
+    "ep_cuda_dispatch": (c_int32, [c_void_p, _DISPATCH, _ORDER, _CALL, _ERROR]),
+    "ep_cuda_combine": (c_int32, [c_void_p, _COMBINE, _ORDER, _CALL, _ERROR]),
+    "ep_cuda_barrier": (c_int32, [c_void_p, _ORDER, _CALL, _ERROR]),
+    "ep_cuda_refuse": (c_int32, [c_void_p, c_char_p, _ORDER, _CALL, _ERROR]),
+    "ep_cuda_is_finished": (c_int32, [c_void_p, c_int64]),
+    "ep_cuda_wait": (c_int32, [c_void_p, c_int64, _ERROR]),
+    "ep_cuda_check": (c_int32, [c_void_p, c_int64, _ERROR]),
+    "ep_cuda_make_stream_wait": (c_int32, [c_void_p, c_int64, c_void_p, _ERROR]),
+    "ep_cuda_end_event": (c_void_p, [c_void_p, c_int64]),
 }
 
 

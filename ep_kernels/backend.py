@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     import torch
 
     from ep_kernels._native import CombineArgs, DispatchArgs
     from ep_kernels.event import Event
-    from ep_kernels.handle import DispatchHandle, HostCounts
+    from ep_kernels.handle import HostCounts, RoutingMemory
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallOptions:
+    """How a call runs; see Buffer.dispatch()."""
+
+    async_op: bool
+    previous_event: Event | None
+    num_sms: int | None
 
 
 class Backend(Protocol):
     """One rank's memory and transfers on one kind of device.
 
-    Methods that make a call are collective and, but for barrier() and refuse(), used inside
-    `with call(...)`. They raise EPConfigError, EPDeviceError and EPTimeoutError.
+    Methods that make a call are collective. They raise EPConfigError, EPDeviceError and
+    EPTimeoutError. `keep` is kept alive until the call is through.
     """
 
     device: torch.device
@@ -35,20 +43,24 @@ class Backend(Protocol):
     def count_rows(self, topk_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows for each rank, then tokens for each expert [R + E] int32; [T, R] bool."""
 
-    def call(self, previous_event: Event | None) -> AbstractContextManager[None]:
-        """Orders the call inside behind the current stream, or behind `previous_event`."""
+    def poll(self) -> None:
+        """Before a call: lets go of what finished calls kept, raises errors nobody waited for."""
 
-    def notify(self, args: DispatchArgs, handle: DispatchHandle) -> tuple[int, HostCounts]:
-        """First half of a fresh dispatch: fills the handle's routing; number of the call."""
+    def notify(
+        self, args: DispatchArgs, memory: RoutingMemory, *, options: CallOptions
+    ) -> tuple[int, HostCounts]:
+        """First half of a fresh dispatch: fills the routing; number of the call."""
 
-    def send(self, seq: int, args: DispatchArgs, *, keep: Any, error: str, async_op: bool) -> Event:
+    def send(
+        self, seq: int, args: DispatchArgs, *, keep: Any, error: str, options: CallOptions
+    ) -> Event:
         """Second half. `error` says why this rank has no memory for its rows, or is empty."""
 
-    def dispatch(self, args: DispatchArgs, *, keep: Any, async_op: bool) -> tuple[int, Event]:
+    def dispatch(self, args: DispatchArgs, *, keep: Any, options: CallOptions) -> tuple[int, Event]:
         """A dispatch whose memory is known: with a capacity or a cached handle."""
 
-    def combine(self, args: CombineArgs, *, keep: Any, async_op: bool) -> Event:
-        """Sums rows; `keep` lives until the call is through."""
+    def combine(self, args: CombineArgs, *, keep: Any, options: CallOptions) -> Event:
+        """Sums rows."""
 
     def barrier(self) -> None:
         """Waits for all ranks, on the host."""

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from ep_kernels.backend import Backend
+from ep_kernels.backend import Backend, CallOptions
 from ep_kernels.bootstrap import Bootstrap, make_bootstrap
 from ep_kernels.config import Layout, Settings, agree_on_settings
 from ep_kernels.errors import EPConfigError
 from ep_kernels.event import Event
 from ep_kernels.handle import CombineResult, DispatchHandle, DispatchLayout, DispatchResult
-from ep_kernels.ht import CallOptions, HighThroughput, NewRouting
+from ep_kernels.ht import HighThroughput, NewRouting
 
 _open_buffers: weakref.WeakSet[Buffer] = weakref.WeakSet()
 

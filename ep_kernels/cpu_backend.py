@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import math
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from ep_kernels import _native
+from ep_kernels._native import CombineArgs, DispatchArgs
+from ep_kernels.backend import CallOptions
 from ep_kernels.bootstrap import Bootstrap
 from ep_kernels.config import Settings
 from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
 from ep_kernels.event import Event
-from ep_kernels.handle import DispatchHandle, HostCounts
+from ep_kernels.handle import HostCounts, RoutingMemory
 
 
 class _Block:
@@ -165,12 +165,8 @@ class CpuBackend:
 
     # Calls
 
-    @contextlib.contextmanager
-    def call(self, previous_event: Event | None) -> Iterator[None]:
-        """Calls of one buffer run in order anyway; the events of others are waited for."""
-        if previous_event is not None:
-            previous_event.wait()
-        yield
+    def poll(self) -> None:
+        self._pending = [entry for entry in self._pending if not entry[0].is_finished()]
 
     def count_rows(self, topk_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows for each rank, then tokens for each expert [R + E] int32; [T, R] bool."""
@@ -187,45 +183,59 @@ class CpuBackend:
         )
         return counts, is_token_in_rank
 
-    def notify(self, args: _native.DispatchArgs, handle: DispatchHandle) -> tuple[int, HostCounts]:
+    def notify(
+        self, args: DispatchArgs, memory: RoutingMemory, *, options: CallOptions
+    ) -> tuple[int, HostCounts]:
         """Exchanges counts and fills the routing; returns the number of the call."""
+        _order_after(options)
         seq = ctypes.c_uint64()
         _native.call(self._library.ep_notify, self._buffer, ctypes.byref(args), ctypes.byref(seq))
         return seq.value, HostCounts(
-            num_rows=int(handle.recv_sizes[0]),
-            num_recv_tokens_per_expert=handle.num_recv_tokens_per_expert,
-            expert_offsets=handle.expert_offsets,
+            num_rows=int(memory.recv_sizes[0]),
+            num_recv_tokens_per_expert=memory.num_recv_tokens_per_expert,
+            expert_offsets=memory.expert_offsets,
         )
 
     def send(
-        self, seq: int, args: _native.DispatchArgs, *, keep: Any, error: str, async_op: bool
+        self, seq: int, args: DispatchArgs, *, keep: Any, error: str, options: CallOptions
     ) -> Event:
-        text = error.encode() if error else None
-        return self._start(
-            self._library.ep_send, seq, ctypes.byref(args), text, keep=keep, async_op=async_op
-        )
-
-    def dispatch(
-        self, args: _native.DispatchArgs, *, keep: Any, async_op: bool
-    ) -> tuple[int, Event]:
-        """A dispatch whose memory is known beforehand; returns its number and its event."""
-        seq = ctypes.c_uint64()
         op = ctypes.c_void_p()
-        self._prune()
+        _native.call(
+            self._library.ep_send,
+            self._buffer,
+            seq,
+            ctypes.byref(args),
+            error.encode() if error else None,
+            options.async_op,
+            ctypes.byref(op),
+        )
+        return self._event(op, keep, options)
+
+    def dispatch(self, args: DispatchArgs, *, keep: Any, options: CallOptions) -> tuple[int, Event]:
+        """A dispatch whose memory is known beforehand; returns its number and its event."""
+        _order_after(options)
+        seq, op = ctypes.c_uint64(), ctypes.c_void_p()
         _native.call(
             self._library.ep_dispatch,
             self._buffer,
             ctypes.byref(args),
-            async_op,
+            options.async_op,
             ctypes.byref(seq),
             ctypes.byref(op),
         )
-        return seq.value, self._event(op, keep, async_op)
+        return seq.value, self._event(op, keep, options)
 
-    def combine(self, args: _native.CombineArgs, *, keep: Any, async_op: bool) -> Event:
-        return self._start(
-            self._library.ep_combine, ctypes.byref(args), keep=keep, async_op=async_op
+    def combine(self, args: CombineArgs, *, keep: Any, options: CallOptions) -> Event:
+        _order_after(options)
+        op = ctypes.c_void_p()
+        _native.call(
+            self._library.ep_combine,
+            self._buffer,
+            ctypes.byref(args),
+            options.async_op,
+            ctypes.byref(op),
         )
+        return self._event(op, keep, options)
 
     def barrier(self) -> None:
         _native.call(self._library.ep_barrier, self._buffer)
@@ -233,23 +243,13 @@ class CpuBackend:
     def refuse(self, reason: str) -> None:
         _native.call(self._library.ep_refuse, self._buffer, reason.encode())
 
-    def _start(self, function: Any, *arguments: Any, keep: Any, async_op: bool) -> Event:
-        op = ctypes.c_void_p()
-        self._prune()
-        _native.call(function, self._buffer, *arguments, async_op, ctypes.byref(op))
-        return self._event(op, keep, async_op)
-
-    def _event(self, op: ctypes.c_void_p, keep: Any, async_op: bool) -> Event:
+    def _event(self, op: ctypes.c_void_p, keep: Any, options: CallOptions) -> Event:
         assert op.value is not None
         operation = _CpuOperation(self._library, op.value)
-        if not async_op:
+        if not options.async_op:
             return Event()
         self._pending.append((operation, keep))
         return Event(operation)
-
-    def _prune(self) -> None:
-        """Lets go of the tensors of finished calls."""
-        self._pending = [entry for entry in self._pending if not entry[0].is_finished()]
 
     # End
 
@@ -261,3 +261,9 @@ class CpuBackend:
         _native.call(self._library.ep_buffer_destroy, buffer)
         self._library.ep_buffer_delete(buffer)
         self._pending.clear()
+
+
+def _order_after(options: CallOptions) -> None:
+    """Calls of one buffer run in order anyway; this is for the events of others."""
+    if options.previous_event is not None:
+        options.previous_event.wait()

@@ -2,29 +2,28 @@
 
 Streams. A buffer has a communication stream. A call makes it wait for the caller's stream (or for
 `previous_event`), runs there, and makes the caller's stream wait for it (unless `async_op`).
-Temporary tensors are allocated on the communication stream and used only there; results lie in the
-pool. Memory of the pool that is freed is written again only after everything that the freeing
-stream had been given by then.
+Results lie in the pool. Memory of the pool that is freed is written again only after everything
+that the stream which freed it had been given by then.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import math
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from ep_kernels import _native, _native_cuda
 from ep_kernels._native import CombineArgs, DispatchArgs
+from ep_kernels._native_cuda import CallOrder
+from ep_kernels.backend import CallOptions
 from ep_kernels.bootstrap import Bootstrap
 from ep_kernels.config import Settings
 from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
 from ep_kernels.event import Event
-from ep_kernels.handle import DispatchHandle, HostCounts
+from ep_kernels.handle import HostCounts, RoutingMemory
 
 
 class _Memory:
@@ -32,7 +31,7 @@ class _Memory:
 
     def __init__(self, backend: CudaBackend, num_bytes: int) -> None:
         self._backend = backend
-        self._block, address = backend.allocate_block(num_bytes)
+        self._block, address, _ = backend.allocate_block(num_bytes)
         self.__cuda_array_interface__ = {
             "shape": (num_bytes,),
             "typestr": "|u1",
@@ -41,24 +40,24 @@ class _Memory:
         }
 
     def __del__(self) -> None:
-        self._backend.free_block(self._block)
+        if hasattr(self, "_block"):
+            self._backend.free_block(self._block)
 
 
-class _CudaOperation:
+class CudaOperation:
     """A call that was put on the communication stream."""
 
-    def __init__(self, backend: CudaBackend, number: int, end: torch.cuda.Event) -> None:
-        self._backend, self.number, self.end = backend, number, end
+    def __init__(self, backend: CudaBackend, number: int) -> None:
+        self.backend, self.number = backend, number
 
     def is_finished(self) -> bool:
-        return self.end.query()
+        return self.backend.is_finished(self.number)
 
     def wait(self) -> None:
-        self.end.synchronize()
-        self._backend.check(self.number)
+        self.backend.wait(self.number)
 
     def make_current_stream_wait(self) -> None:
-        torch.cuda.current_stream(self._backend.device).wait_event(self.end)
+        self.backend.make_current_stream_wait(self.number)
 
 
 class CudaBackend:
@@ -72,9 +71,8 @@ class CudaBackend:
         self.device = torch.device(settings.device)
         self._pid = os.getpid()
         self._pool_base, self._pool_bytes = 0, settings.pool_bytes
-        self._pending: list[tuple[_CudaOperation, Any]] = []
+        self._pending: list[tuple[int, Any]] = []  # call, what it uses
         self._captured: list[Any] = []  # memory that a graph will use again
-        self._freed: dict[int, torch.cuda.Event] = {}  # stream -> what it had when it freed memory
         self._buffer: int | None = None
         table = torch.tensor(settings.expert_to_rank, device=self.device)
         self._expert_to_rank = table
@@ -90,10 +88,9 @@ class CudaBackend:
         except EPError as error:
             problem = error
         self._attach(bootstrap, bytes(handle), problem)
-        self.stream = torch.cuda.Stream(self.device)
-        block, address = self.allocate_block(1)  # any block tells where the pool begins
-        self._pool_base = address - self._block_offset
-        self._library.ep_cuda_block_free(block)
+        block, address, offset = self.allocate_block(1)  # any block tells where the pool begins
+        self._pool_base = address - offset
+        self.free_block(block)
 
     def _create(self, bootstrap: Bootstrap, settings: Settings, handle: Any) -> None:
         experts = (ctypes.c_int32 * settings.num_experts)(*settings.expert_to_rank)
@@ -133,8 +130,8 @@ class CudaBackend:
 
     # Memory
 
-    def allocate_block(self, num_bytes: int) -> tuple[int, int]:
-        """A range of the pool: (handle of the block, address)."""
+    def allocate_block(self, num_bytes: int) -> tuple[int, int, int]:
+        """A range of the pool: (handle of the block, address, offset)."""
         block, address, offset = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int64()
         _native.call(
             self._library.ep_cuda_block_allocate,
@@ -145,17 +142,12 @@ class CudaBackend:
             ctypes.byref(offset),
         )
         assert block.value is not None
-        self._block_offset = offset.value
-        return block.value, address.value or 0
+        return block.value, address.value or 0, offset.value
 
     def free_block(self, block: int) -> None:
-        """Called when a tensor dies: its stream may still have work on the memory."""
-        with contextlib.suppress(RuntimeError):  # the context may be gone at exit
-            stream = torch.cuda.current_stream(self.device)
-            if self._buffer is not None and not torch.cuda.is_current_stream_capturing():
-                event = self._freed.setdefault(stream.cuda_stream, torch.cuda.Event())
-                event.record(stream)
-        self._library.ep_cuda_block_free(block)
+        """Called when a tensor dies: the current stream may still have work on the memory."""
+        stream = self._current_stream() if self._buffer is not None else 0
+        self._library.ep_cuda_block_free(self._buffer, block, stream)
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor in this rank's pool. Raises EPDeviceError if the pool is full."""
@@ -179,22 +171,18 @@ class CudaBackend:
 
     # Calls
 
-    @contextlib.contextmanager
-    def call(self, previous_event: Event | None) -> Iterator[None]:
-        """A call's work goes to the communication stream, after what it has to wait for."""
-        self._poll()
-        if previous_event is None:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        elif isinstance(previous_event.operation, _CudaOperation):
-            self.stream.wait_event(previous_event.operation.end)
-        else:
-            previous_event.wait()
-        if previous_event is not None:
-            for event in self._freed.values():
-                self.stream.wait_event(event)
-        self._caller = torch.cuda.current_stream(self.device)
-        with torch.cuda.stream(self.stream):
-            yield
+    def poll(self) -> None:
+        """Lets go of finished calls. One that failed makes this call fail, on every rank.
+
+        Errors that a kernel finds surface at event.wait(), or here.
+        """
+        while self._pending and self.is_finished(self._pending[0][0]):
+            number, _ = self._pending.pop(0)
+            try:
+                _native.call(self._library.ep_cuda_check, self._buffer, number)
+            except EPConfigError as error:
+                self.refuse(f"an earlier call failed: {error}")
+                raise
 
     def count_rows(self, topk_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Counts as of the CPU backend; the caller's stream is used. Indices are not checked."""
@@ -209,130 +197,120 @@ class CudaBackend:
         counts = torch.cat([is_in_rank.sum(0), is_chosen.sum(0)]).to(torch.int32)
         return counts, is_in_rank
 
-    def notify(self, args: DispatchArgs, handle: DispatchHandle) -> tuple[int, HostCounts]:
+    def notify(
+        self, args: DispatchArgs, memory: RoutingMemory, *, options: CallOptions
+    ) -> tuple[int, HostCounts]:
         """Exchanges counts and fills the routing; the host waits for the sizes."""
-        call = ctypes.c_int64()
-        scratch = self._scratch(args)
+        number, sizes = ctypes.c_int64(), (ctypes.c_int64 * 3)()
+        counts = torch.empty(self._num_local_experts, dtype=torch.int64)
+        offsets = torch.empty(self._num_local_experts + 1, dtype=torch.int64)
         _native.call(
             self._library.ep_cuda_notify,
             self._buffer,
             ctypes.byref(args),
-            scratch.data_ptr(),
-            self.stream.cuda_stream,
-            ctypes.byref(call),
-        )
-        self._call = call.value
-        sizes = (ctypes.c_int64 * 3)()
-        counts = torch.zeros(self._num_local_experts, dtype=torch.int64)
-        offsets = torch.zeros(self._num_local_experts + 1, dtype=torch.int64)
-        _native.call(
-            self._library.ep_cuda_wait_sizes,
-            self._buffer,
-            call.value,
-            self.stream.cuda_stream,
+            ctypes.byref(self._order(options)),
+            ctypes.byref(number),
             sizes,
             counts.data_ptr(),
             offsets.data_ptr(),
         )
-        host = HostCounts(
+        return number.value, HostCounts(
             num_rows=sizes[0], num_recv_tokens_per_expert=counts, expert_offsets=offsets
         )
-        return call.value, host
 
-    def send(self, seq: int, args: DispatchArgs, *, keep: Any, error: str, async_op: bool) -> Event:
+    def send(
+        self, seq: int, args: DispatchArgs, *, keep: Any, error: str, options: CallOptions
+    ) -> Event:
         _native.call(
             self._library.ep_cuda_send,
             self._buffer,
-            self._call,
+            seq,
             ctypes.byref(args),
             not error,
-            self.stream.cuda_stream,
+            ctypes.byref(self._order(options)),
         )
-        return self._event(self._call, keep, async_op)
+        return self._event(seq, keep)
 
-    def dispatch(self, args: DispatchArgs, *, keep: Any, async_op: bool) -> tuple[int, Event]:
+    def dispatch(self, args: DispatchArgs, *, keep: Any, options: CallOptions) -> tuple[int, Event]:
         """A dispatch whose memory is known beforehand; returns its number and its event."""
-        call = ctypes.c_int64()
-        scratch = self._scratch(args) if args.sizes.handle_seq < 0 else None
-        _native.call(
-            self._library.ep_cuda_dispatch,
-            self._buffer,
-            ctypes.byref(args),
-            None if scratch is None else scratch.data_ptr(),
-            self.stream.cuda_stream,
-            ctypes.byref(call),
-        )
-        return call.value, self._event(call.value, (keep, scratch), async_op)
+        number = self._start(self._library.ep_cuda_dispatch, args, options)
+        return number, self._event(number, keep)
 
-    def combine(self, args: CombineArgs, *, keep: Any, async_op: bool) -> Event:
-        call = ctypes.c_int64()
-        _native.call(
-            self._library.ep_cuda_combine,
-            self._buffer,
-            ctypes.byref(args),
-            self.stream.cuda_stream,
-            ctypes.byref(call),
-        )
-        return self._event(call.value, keep, async_op)
+    def combine(self, args: CombineArgs, *, keep: Any, options: CallOptions) -> Event:
+        return self._event(self._start(self._library.ep_cuda_combine, args, options), keep)
 
     def barrier(self) -> None:
         """Waits on the host, too."""
-        call = ctypes.c_int64()
+        number = ctypes.c_int64()
         _native.call(
             self._library.ep_cuda_barrier,
             self._buffer,
-            self.stream.cuda_stream,
-            ctypes.byref(call),
+            ctypes.byref(self._order(None)),
+            ctypes.byref(number),
         )
-        self.stream.synchronize()
-        self.check(call.value)
+        self.wait(number.value)
 
     def refuse(self, reason: str) -> None:
-        call = ctypes.c_int64()
         _native.call(
             self._library.ep_cuda_refuse,
             self._buffer,
             reason.encode(),
-            self.stream.cuda_stream,
-            ctypes.byref(call),
+            ctypes.byref(self._order(None)),
+            ctypes.byref(ctypes.c_int64()),
         )
 
-    def check(self, number: int) -> bool:
-        """Raises the error of a call; False while it runs."""
-        is_finished = ctypes.c_int32()
-        _native.call(self._library.ep_cuda_check, self._buffer, number, ctypes.byref(is_finished))
-        return bool(is_finished.value)
+    # Calls under way
 
-    def _scratch(self, args: DispatchArgs) -> torch.Tensor:
-        count = self._library.ep_cuda_scratch_elements(self._buffer, args.sizes.num_tokens)
-        return torch.empty(count, dtype=torch.int32, device=self.device)
+    def is_finished(self, number: int) -> bool:
+        return self._buffer is None or bool(self._library.ep_cuda_is_finished(self._buffer, number))
 
-    def _event(self, number: int, keep: Any, async_op: bool) -> Event:
-        end = torch.cuda.Event()
-        end.record(self.stream)
-        operation = _CudaOperation(self, number, end)
+    def wait(self, number: int) -> None:
+        if self._buffer is not None:
+            _native.call(self._library.ep_cuda_wait, self._buffer, number)
+
+    def make_current_stream_wait(self, number: int) -> None:
+        if self._buffer is not None:
+            _native.call(
+                self._library.ep_cuda_make_stream_wait,
+                self._buffer,
+                number,
+                self._current_stream(),
+            )
+
+    def end_event(self, number: int) -> int | None:
+        """The cudaEvent_t at the end of a call."""
+        return self._library.ep_cuda_end_event(self._buffer, number)
+
+    def _current_stream(self) -> int:
+        return torch._C._cuda_getCurrentRawStream(self.device.index)
+
+    def _order(self, options: CallOptions | None) -> CallOrder:
+        order = CallOrder(caller=self._current_stream())
+        if options is None:
+            return order
+        order.is_async = options.async_op
+        previous = options.previous_event
+        operation = None if previous is None else previous.operation
+        if isinstance(operation, CudaOperation) and not operation.is_finished():
+            order.previous = operation.backend.end_event(operation.number)
+        elif previous is not None:
+            previous.wait()
+        return order
+
+    def _start(self, function: Any, args: Any, options: CallOptions) -> int:
+        number = ctypes.c_int64()
+        order = self._order(options)
+        _native.call(
+            function, self._buffer, ctypes.byref(args), ctypes.byref(order), ctypes.byref(number)
+        )
+        return number.value
+
+    def _event(self, number: int, keep: Any) -> Event:
         if torch.cuda.is_current_stream_capturing():
             self._captured.append(keep)
         else:
-            self._pending.append((operation, keep))
-        if not async_op:
-            self._caller.wait_event(end)
-        return Event(operation)
-
-    def _poll(self) -> None:
-        """Lets go of finished calls. One that failed makes this call fail, on every rank.
-
-        Errors that a kernel finds surface at event.wait(), or here.
-        """
-        if torch.cuda.is_current_stream_capturing():
-            return
-        while self._pending and self._pending[0][0].is_finished():
-            operation, _ = self._pending.pop(0)
-            try:
-                self.check(operation.number)
-            except EPConfigError as error:
-                self.refuse(f"an earlier call failed: {error}")
-                raise
+            self._pending.append((number, keep))
+        return Event(CudaOperation(self, number))
 
     # End
 

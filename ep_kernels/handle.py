@@ -33,21 +33,86 @@ class HostCounts:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class RoutingMemory:
+    """Where the compiled core keeps the routing of a dispatch, on the buffer's device.
+
+    One int64 tensor holds, in this order: num_recv_tokens_per_expert [L], expert_offsets [L + 1],
+    own_rows [G, 2] with G = L (EXPERT_MAJOR) or 1 (ranges of the received rows that this rank
+    itself sent), recv_sizes [3] (rows with padding, without, and dropped for capacity); then, as
+    int32, rows [T, K] (row of each choice on its rank) and routes [T, K] (its rank, and whether it
+    carries the row, see `csrc/core/routing.h`), both -1 where there is none.
+    """
+
+    words: torch.Tensor
+    num_local_experts: int
+    num_groups: int
+    num_tokens: int
+    num_topk: int
+
+    @classmethod
+    def allocate(
+        cls,
+        *,
+        num_local_experts: int,
+        num_groups: int,
+        num_tokens: int,
+        num_topk: int,
+        device: torch.device,
+    ) -> RoutingMemory:
+        """Uninitialised: the call that fills it also does so when it fails."""
+        import torch
+
+        num_words = 2 * num_local_experts + 4 + 2 * num_groups + num_tokens * num_topk
+        return cls(
+            words=torch.empty(num_words, dtype=torch.int64, device=device),
+            num_local_experts=num_local_experts,
+            num_groups=num_groups,
+            num_tokens=num_tokens,
+            num_topk=num_topk,
+        )
+
+    def addresses(self) -> dict[str, int]:
+        """Address of each part, by its name in `csrc/core/ht_args.h`."""
+        base, local = self.words.data_ptr(), self.num_local_experts
+        rows = base + 8 * self._rows_begin
+        return {
+            "num_recv_tokens_per_expert": base,
+            "expert_offsets": base + 8 * local,
+            "own_rows": base + 8 * (2 * local + 1),
+            "recv_sizes": base + 8 * (self._rows_begin - 3),
+            "rows": rows,
+            "routes": rows + 4 * self.num_tokens * self.num_topk,
+        }
+
+    @property
+    def _rows_begin(self) -> int:
+        return 2 * self.num_local_experts + 4 + 2 * self.num_groups
+
+    @property
+    def num_recv_tokens_per_expert(self) -> torch.Tensor:
+        """[L] int64."""
+        return self.words[: self.num_local_experts]
+
+    @property
+    def expert_offsets(self) -> torch.Tensor:
+        """[L + 1] int64."""
+        return self.words[self.num_local_experts : 2 * self.num_local_experts + 1]
+
+    @property
+    def recv_sizes(self) -> torch.Tensor:
+        """[3] int64."""
+        return self.words[self._rows_begin - 3 : self._rows_begin]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class DispatchHandle:
     """The routing of one dispatch; opaque. combine() needs it, and dispatch() may reuse it.
 
     Attributes:
         owner: the buffer's identity; a handle works only with the buffer that made it.
         seq: number of the dispatch, the same on all ranks.
-        num_tokens: T.
         num_rows: N, rows of the received tensors.
-        topk_idx: [T, K] int64, a copy.
-        rows: [T, K] int32, row of each choice on its rank, -1 where there is none.
-        routes: [T, K] int32, rank of each choice and whether it carries the row
-            (`csrc/core/routing.h`), -1 where there is none.
-        num_recv_tokens_per_expert, expert_offsets: as in DispatchResult, on the buffer's device.
-        own_rows: [L, 2] or [1, 2] int64, ranges of received rows that this rank itself sent.
-        recv_sizes: [3] int64, rows with padding, without, and dropped for capacity.
+        memory: the routing itself.
         host: what the host knows; None if it did not wait for the counts.
     """
 
@@ -56,21 +121,19 @@ class DispatchHandle:
     layout: Layout
     expert_alignment: int
     capacity: int | None
-    num_tokens: int
     num_rows: int
-    topk_idx: torch.Tensor
-    rows: torch.Tensor
-    routes: torch.Tensor
-    num_recv_tokens_per_expert: torch.Tensor
-    expert_offsets: torch.Tensor
-    own_rows: torch.Tensor
-    recv_sizes: torch.Tensor
+    memory: RoutingMemory
     host: HostCounts | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.memory.num_tokens
 
     @property
     def num_topk(self) -> int:
         """K."""
-        return self.topk_idx.shape[1]
+        return self.memory.num_topk
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,22 +14,19 @@ import torch
 
 from ep_kernels import checks
 from ep_kernels._native import CombineArgs, DispatchArgs, Routing, Sizes
-from ep_kernels.backend import Backend
+from ep_kernels.backend import Backend, CallOptions
 from ep_kernels.config import Layout
 from ep_kernels.errors import EPConfigError, EPDeviceError
 from ep_kernels.event import Event
-from ep_kernels.handle import CombineResult, DispatchHandle, DispatchLayout, DispatchResult
+from ep_kernels.handle import (
+    CombineResult,
+    DispatchHandle,
+    DispatchLayout,
+    DispatchResult,
+    RoutingMemory,
+)
 
 _LAYOUT_CODES = {Layout.RANK_MAJOR: 0, Layout.EXPERT_MAJOR: 1}
-
-
-@dataclass(frozen=True, kw_only=True)
-class CallOptions:
-    """How a call runs; see Buffer.dispatch()."""
-
-    async_op: bool
-    previous_event: Event | None
-    num_sms: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +86,34 @@ class HighThroughput:
         options: CallOptions,
     ) -> DispatchResult:
         """See Buffer.dispatch()."""
-        with self._backend.call(options.previous_event):
-            return self._dispatch(x, topk_weights, routing, options)
+        self._backend.poll()
+        with self._refusing():
+            if isinstance(routing, NewRouting):
+                rows = checks.check_rows(x, num_rows=None, device=self._backend.device)
+                handle = self._new_handle(routing, rows.num_tokens)
+            else:
+                handle = self._check_handle(routing)
+                rows = checks.check_rows(x, num_rows=handle.num_tokens, device=self._backend.device)
+            weights = self._check_weights(topk_weights, (handle.num_tokens, handle.num_topk))
+            args = DispatchArgs(
+                x=rows.x.data_ptr(),
+                scales=_address(rows.scales),
+                topk_weights=_address(weights),
+                routing=Routing(**handle.memory.addresses()),
+                sizes=self._sizes(rows, handle, weights, options.num_sms),
+            )
+            if isinstance(routing, NewRouting):
+                args.routing.topk_idx = routing.topk_idx.data_ptr()
+            memory = None
+            if handle.num_rows >= 0:
+                memory = self._receive_memory(args, rows, handle, weights)
+        if memory is None:
+            return self._dispatch_fresh(args, rows, handle, weights, options)
+        keep = (rows, weights, routing, handle, memory)
+        seq, event = self._backend.dispatch(args, keep=keep, options=options)
+        if handle.seq < 0:
+            handle = replace(handle, seq=seq)
+        return _dispatch_result(handle, memory, event)
 
     def combine(
         self,
@@ -102,12 +125,7 @@ class HighThroughput:
         options: CallOptions,
     ) -> CombineResult:
         """See Buffer.combine()."""
-        with self._backend.call(options.previous_event):
-            return self._combine(x, handle, topk_weights, bias, options)
-
-    def _combine(
-        self, x: Any, handle: Any, topk_weights: Any, bias: Any, options: CallOptions
-    ) -> CombineResult:
+        self._backend.poll()
         with self._refusing():
             handle = self._check_handle(handle)
             rows = checks.check_rows(x, num_rows=handle.num_rows, device=self._backend.device)
@@ -121,7 +139,7 @@ class HighThroughput:
             args = CombineArgs(
                 x=rows.x.data_ptr(),
                 topk_weights=_address(weights),
-                routing=_routing(handle),
+                routing=Routing(**handle.memory.addresses()),
                 num_rows=handle.num_rows,
                 sizes=self._sizes(rows, handle, weights, options.num_sms),
             )
@@ -133,41 +151,12 @@ class HighThroughput:
             out_weights = (
                 None
                 if weights is None
-                else self._backend.allocate(tuple(handle.topk_idx.shape), weights.dtype)
+                else self._backend.allocate((handle.num_tokens, handle.num_topk), weights.dtype)
             )
         args.out, args.out_topk_weights = out.data_ptr(), _address(out_weights)
         keep = (rows, weights, biases, handle, staged_x, staged_weights, out, out_weights)
-        event = self._backend.combine(args, keep=keep, async_op=options.async_op)
+        event = self._backend.combine(args, keep=keep, options=options)
         return CombineResult(x=out, topk_weights=out_weights, event=event)
-
-    def _dispatch(
-        self, x: Any, topk_weights: Any, routing: NewRouting | DispatchHandle, options: CallOptions
-    ) -> DispatchResult:
-        with self._refusing():
-            if isinstance(routing, NewRouting):
-                rows = checks.check_rows(x, num_rows=None, device=self._backend.device)
-                handle = self._new_handle(routing, rows.num_tokens)
-            else:
-                handle = self._check_handle(routing)
-                rows = checks.check_rows(x, num_rows=handle.num_tokens, device=self._backend.device)
-            weights = self._check_weights(topk_weights, tuple(handle.topk_idx.shape))
-            args = DispatchArgs(
-                x=rows.x.data_ptr(),
-                scales=_address(rows.scales),
-                topk_weights=_address(weights),
-                routing=_routing(handle),
-                sizes=self._sizes(rows, handle, weights, options.num_sms),
-            )
-            memory = None
-            if handle.num_rows >= 0:
-                memory = self._receive_memory(args, rows, handle, weights)
-        if memory is None:
-            return self._dispatch_fresh(args, rows, handle, weights, options)
-        keep = (rows, weights, handle, memory)
-        seq, event = self._backend.dispatch(args, keep=keep, async_op=options.async_op)
-        if handle.seq < 0:
-            handle = replace(handle, seq=seq)
-        return _dispatch_result(handle, memory, event)
 
     def _dispatch_fresh(
         self,
@@ -178,7 +167,7 @@ class HighThroughput:
         options: CallOptions,
     ) -> DispatchResult:
         """Exchanges the counts, takes the memory they ask for, sends the rows."""
-        seq, host = self._backend.notify(args, handle)
+        seq, host = self._backend.notify(args, handle.memory, options=options)
         handle = replace(handle, seq=seq, num_rows=host.num_rows, host=host)
         problem = ""
         try:
@@ -190,7 +179,7 @@ class HighThroughput:
             args,
             keep=(rows, weights, handle, memory),
             error=problem,
-            async_op=options.async_op,
+            options=options,
         )
         if memory is None:
             event.wait()
@@ -254,28 +243,21 @@ class HighThroughput:
         if capacity is not None:
             checks.check_int("capacity", capacity, low=0, high=(1 << 31) - 1)
         num_local = self._num_local_experts
-        num_groups = num_local if layout is Layout.EXPERT_MAJOR else 1
-        device = self._backend.device
-        rows, routes = torch.full((2, *topk_idx.shape), -1, dtype=torch.int32, device=device)
-        parts = [num_local, num_local + 1, 2 * num_groups, 3]
-        counts, offsets, own_rows, recv_sizes = torch.zeros(
-            sum(parts), dtype=torch.int64, device=device
-        ).split(parts)
+        memory = RoutingMemory.allocate(
+            num_local_experts=num_local,
+            num_groups=num_local if layout is Layout.EXPERT_MAJOR else 1,
+            num_tokens=num_tokens,
+            num_topk=topk_idx.shape[1],
+            device=self._backend.device,
+        )
         return DispatchHandle(
             owner=self._identity,
             seq=-1,
             layout=layout,
             expert_alignment=routing.expert_alignment,
             capacity=capacity,
-            num_tokens=num_tokens,
             num_rows=-1 if capacity is None else capacity,
-            topk_idx=topk_idx.clone(),
-            rows=rows,
-            routes=routes,
-            num_recv_tokens_per_expert=counts,
-            expert_offsets=offsets,
-            own_rows=own_rows,
-            recv_sizes=recv_sizes,
+            memory=memory,
         )
 
     def _sizes(
@@ -349,21 +331,9 @@ def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _routing(handle: DispatchHandle) -> Routing:
-    return Routing(
-        topk_idx=handle.topk_idx.data_ptr(),
-        rows=handle.rows.data_ptr(),
-        routes=handle.routes.data_ptr(),
-        num_recv_tokens_per_expert=handle.num_recv_tokens_per_expert.data_ptr(),
-        expert_offsets=handle.expert_offsets.data_ptr(),
-        own_rows=handle.own_rows.data_ptr(),
-        recv_sizes=handle.recv_sizes.data_ptr(),
-    )
-
-
 def _dispatch_result(handle: DispatchHandle, memory: _Received, event: Event) -> DispatchResult:
     by_expert = handle.layout is Layout.EXPERT_MAJOR
-    counts = handle.host or handle
+    counts = handle.host or handle.memory
     return DispatchResult(
         recv_x=memory.x,
         recv_scales=memory.scales,
@@ -371,7 +341,7 @@ def _dispatch_result(handle: DispatchHandle, memory: _Received, event: Event) ->
         recv_topk_weights=memory.topk_weights,
         num_recv_tokens_per_expert=counts.num_recv_tokens_per_expert,
         expert_offsets=counts.expert_offsets if by_expert else None,
-        num_overflow=handle.recv_sizes[2:3],
+        num_overflow=handle.memory.recv_sizes[2:3],
         handle=handle,
         event=event,
     )

@@ -24,10 +24,15 @@ namespace {
 
 cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
 
+ep::cuda::CallOrder as_order(const EpCallOrder* order) {
+  return {as_stream(order->caller), static_cast<cudaEvent_t>(order->previous),
+          order->is_async != 0};
+}
+
 }  // namespace
 
 void ep_cuda_abi_sizes(int32_t sizes[6]) {
-  sizes[0] = sizeof(EpError);
+  sizes[0] = sizeof(EpCallOrder);
   sizes[1] = sizeof(EpCudaConfig);
   sizes[2] = sizeof(ep::HtSizes);
   sizes[3] = sizeof(ep::HtRouting);
@@ -69,7 +74,8 @@ int32_t ep_cuda_block_allocate(EpCudaBuffer* buffer, int64_t num_bytes, EpCudaBl
   });
 }
 
-void ep_cuda_block_free(EpCudaBlock* block) {
+void ep_cuda_block_free(EpCudaBuffer* buffer, EpCudaBlock* block, void* stream) {
+  if (buffer) guarded(nullptr, [&] { buffer->impl.note_free(as_stream(stream)); });
   block->pool->allocator.free(block->offset);
   delete block;
 }
@@ -81,20 +87,13 @@ void ep_cuda_pool_stats(EpCudaBuffer* buffer, int64_t stats[3]) {
   stats[2] = allocator.peak_bytes();
 }
 
-int64_t ep_cuda_scratch_elements(EpCudaBuffer* buffer, int64_t num_tokens) {
-  return buffer->impl.scratch_elements(num_tokens);
-}
-
-int32_t ep_cuda_notify(EpCudaBuffer* buffer, const ep::HtDispatchArgs* args, int32_t* scratch,
-                       void* stream, int64_t* call, EpError* error) {
-  return guarded(error, [&] { *call = buffer->impl.notify(*args, scratch, as_stream(stream)); });
-}
-
-int32_t ep_cuda_wait_sizes(EpCudaBuffer* buffer, int64_t call, void* stream, int64_t sizes[3],
-                           int64_t* num_recv_tokens_per_expert, int64_t* expert_offsets,
-                           EpError* error) {
+int32_t ep_cuda_notify(EpCudaBuffer* buffer, const ep::HtDispatchArgs* args,
+                       const EpCallOrder* order, int64_t* call, int64_t sizes[3],
+                       int64_t* num_recv_tokens_per_expert, int64_t* expert_offsets,
+                       EpError* error) {
   return guarded(error, [&] {
-    const ep::cuda::CallRecord& found = buffer->impl.wait_sizes(call, as_stream(stream));
+    *call = buffer->impl.notify(*args, as_order(order));
+    const ep::cuda::CallRecord& found = buffer->impl.record(*call);
     const int num_local = buffer->impl.num_local_experts();
     std::copy_n(found.recv_sizes, 3, sizes);
     std::copy_n(found.num_recv_tokens_per_expert, num_local, num_recv_tokens_per_expert);
@@ -103,31 +102,44 @@ int32_t ep_cuda_wait_sizes(EpCudaBuffer* buffer, int64_t call, void* stream, int
 }
 
 int32_t ep_cuda_send(EpCudaBuffer* buffer, int64_t call, const ep::HtDispatchArgs* args,
-                     int32_t has_memory, void* stream, EpError* error) {
-  return guarded(error,
-                 [&] { buffer->impl.send(call, *args, has_memory != 0, as_stream(stream)); });
+                     int32_t has_memory, const EpCallOrder* order, EpError* error) {
+  return guarded(error, [&] { buffer->impl.send(call, *args, has_memory != 0, as_order(order)); });
 }
 
-int32_t ep_cuda_dispatch(EpCudaBuffer* buffer, const ep::HtDispatchArgs* args, int32_t* scratch,
-                         void* stream, int64_t* call, EpError* error) {
-  return guarded(error, [&] { *call = buffer->impl.dispatch(*args, scratch, as_stream(stream)); });
+int32_t ep_cuda_dispatch(EpCudaBuffer* buffer, const ep::HtDispatchArgs* args,
+                         const EpCallOrder* order, int64_t* call, EpError* error) {
+  return guarded(error, [&] { *call = buffer->impl.dispatch(*args, as_order(order)); });
 }
 
-int32_t ep_cuda_combine(EpCudaBuffer* buffer, const ep::HtCombineArgs* args, void* stream,
-                        int64_t* call, EpError* error) {
-  return guarded(error, [&] { *call = buffer->impl.combine(*args, as_stream(stream)); });
+int32_t ep_cuda_combine(EpCudaBuffer* buffer, const ep::HtCombineArgs* args,
+                        const EpCallOrder* order, int64_t* call, EpError* error) {
+  return guarded(error, [&] { *call = buffer->impl.combine(*args, as_order(order)); });
 }
 
-int32_t ep_cuda_barrier(EpCudaBuffer* buffer, void* stream, int64_t* call, EpError* error) {
-  return guarded(error, [&] { *call = buffer->impl.barrier(as_stream(stream)); });
+int32_t ep_cuda_barrier(EpCudaBuffer* buffer, const EpCallOrder* order, int64_t* call,
+                        EpError* error) {
+  return guarded(error, [&] { *call = buffer->impl.barrier(as_order(order)); });
 }
 
-int32_t ep_cuda_refuse(EpCudaBuffer* buffer, const char* reason, void* stream, int64_t* call,
-                       EpError* error) {
-  return guarded(error, [&] { *call = buffer->impl.refuse(reason, as_stream(stream)); });
+int32_t ep_cuda_refuse(EpCudaBuffer* buffer, const char* reason, const EpCallOrder* order,
+                       int64_t* call, EpError* error) {
+  return guarded(error, [&] { *call = buffer->impl.refuse(reason, as_order(order)); });
 }
 
-int32_t ep_cuda_check(EpCudaBuffer* buffer, int64_t call, int32_t* is_finished, EpError* error) {
-  *is_finished = 1;
-  return guarded(error, [&] { *is_finished = buffer->impl.check(call); });
+int32_t ep_cuda_is_finished(EpCudaBuffer* buffer, int64_t call) {
+  return buffer->impl.is_finished(call);
 }
+
+int32_t ep_cuda_wait(EpCudaBuffer* buffer, int64_t call, EpError* error) {
+  return guarded(error, [&] { buffer->impl.wait(call); });
+}
+
+int32_t ep_cuda_check(EpCudaBuffer* buffer, int64_t call, EpError* error) {
+  return guarded(error, [&] { buffer->impl.check(call); });
+}
+
+int32_t ep_cuda_make_stream_wait(EpCudaBuffer* buffer, int64_t call, void* stream, EpError* error) {
+  return guarded(error, [&] { buffer->impl.make_stream_wait(call, as_stream(stream)); });
+}
+
+void* ep_cuda_end_event(EpCudaBuffer* buffer, int64_t call) { return buffer->impl.end_event(call); }

@@ -26,7 +26,7 @@ struct HtSizes {
 
 /// The routing of one dispatch: input of a cached dispatch and of combine, output of a fresh one.
 struct HtRouting {
-  const int64_t* topk_idx;  ///< [T, K] expert of each choice, -1 = none
+  const int64_t* topk_idx;  ///< [T, K] expert of each choice, -1 = none; a fresh dispatch only
   int32_t* rows;            ///< [T, K] row of each choice on its rank, -1 = none or dropped
   int32_t* routes;          ///< [T, K] where each choice is served, see core/routing.h
   int64_t* num_recv_tokens_per_expert;  ///< [L] rows without padding

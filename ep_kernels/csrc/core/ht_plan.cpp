@@ -8,6 +8,11 @@
 namespace ep {
 namespace {
 
+int num_local_experts(const Group& group) {
+  const int32_t* rank_of = group.placement.rank_of;
+  return static_cast<int>(std::count(rank_of, rank_of + group.num_experts, group.rank));
+}
+
 bool is_expert_major(const HtSizes& sizes) {
   return static_cast<Layout>(sizes.layout) == Layout::kExpertMajor;
 }
@@ -116,6 +121,17 @@ void count_rows(const Group& group, const int64_t* topk_idx, int64_t num_tokens,
       if (is_token_in_rank) is_token_in_rank[token * group.num_ranks + dst] = 1;
     }
   }
+}
+
+void clear_routing(const Group& group, const HtSizes& sizes, const HtRouting& routing) {
+  const int num_local = num_local_experts(group);
+  const int64_t num_choices = sizes.num_tokens * sizes.num_topk;
+  std::fill_n(routing.rows, num_choices, kNoRoute);
+  std::fill_n(routing.routes, num_choices, kNoRoute);
+  std::fill_n(routing.num_recv_tokens_per_expert, num_local, 0);
+  std::fill_n(routing.expert_offsets, num_local + 1, 0);
+  std::fill_n(routing.own_rows, 2 * (is_expert_major(sizes) ? num_local : 1), 0);
+  std::fill_n(routing.recv_sizes, 3, 0);
 }
 
 void plan_rows(const Group& group, const HtSizes& sizes, const CountMatrix& counts_of,

@@ -28,6 +28,9 @@ void count_rows(const Group& group, const int64_t* topk_idx, int64_t num_tokens,
 /// the rank-major layout, counts_of[s][num_ranks + e] tokens of rank s for expert e.
 using CountMatrix = std::vector<const int32_t*>;
 
+/// Makes `routing` that of a dispatch which moves nothing: what a handle holds if the call fails.
+void clear_routing(const Group& group, const HtSizes& sizes, const HtRouting& routing);
+
 /// Fills the routing of a fresh dispatch on this rank. `capacities[d]` is the capacity of rank d,
 /// -1 = none; rows past it get -1.
 ///

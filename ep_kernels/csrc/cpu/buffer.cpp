@@ -139,6 +139,7 @@ uint64_t Buffer::notify(const HtDispatchArgs& args) {
   }
   const uint64_t seq = next_seq();
   const auto exchange_counts = [&] {
+    clear_routing(group_, args.sizes, args.routing);
     exchange_->wait_slot(seq);
     exchange_->send_post(seq, make_post(Op::kDispatch, args.sizes), counts.data());
     exchange_->wait_posts(seq);
@@ -186,8 +187,9 @@ std::shared_ptr<PendingOp> Buffer::dispatch(const HtDispatchArgs& args, bool is_
   const uint64_t seq = *call_seq = next_seq();
   Post post = make_post(is_fresh ? Op::kDispatch : Op::kCachedDispatch, args.sizes);
   post.offer = recv_offer(args);
-  return start(is_async, [this, seq, args, post, counts] {
+  return start(is_async, [this, seq, args, post, counts, is_fresh] {
     run_call(seq, [&] {
+      if (is_fresh) clear_routing(group_, args.sizes, args.routing);
       exchange_->wait_slot(seq);
       exchange_->send_post(seq, post, counts.empty() ? nullptr : counts.data());
       exchange_->wait_posts(seq);

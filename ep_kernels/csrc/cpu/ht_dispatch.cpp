@@ -38,12 +38,13 @@ std::vector<Destination> destinations(const Transfer& transfer, const std::vecto
 void send_choices(const Transfer& transfer, const HtDispatchArgs& args, const Destination& to,
                   int dst, int64_t token, int64_t row) {
   const int num_topk = args.sizes.num_topk, weight_bytes = args.sizes.weight_bytes;
-  const Placement& placement = transfer.group.placement;
+  const int32_t* local_of = transfer.group.placement.local_of;
   const int64_t* choices = args.routing.topk_idx + token * num_topk;
+  const int32_t* routes = args.routing.routes + token * num_topk;
   for (int k = 0; k < num_topk; ++k) {
-    const bool is_served = rank_of_choice(placement, choices[k]) == dst;
+    const bool is_served = route_rank(routes[k]) == dst;
     const int64_t element = row * num_topk + k;
-    if (to.topk_idx) to.topk_idx[element] = is_served ? placement.local_of[choices[k]] : -1;
+    if (to.topk_idx) to.topk_idx[element] = is_served ? local_of[choices[k]] : -1;
     if (!to.topk_weights) continue;
     uint8_t* weight = to.topk_weights + element * weight_bytes;
     if (is_served) {

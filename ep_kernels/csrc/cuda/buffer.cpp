@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "core/check.h"
+#include "core/math.h"
 #include "cuda/check_cuda.h"
 #include "cuda/kernels.h"
 
@@ -53,7 +54,10 @@ std::string bad_choice(const CallRecord& record, int num_experts) {
 Pool::Pool(int on_device, int64_t control_bytes, int64_t pool_bytes)
     : device(on_device), allocator(pool_bytes) {
   DeviceGuard guard(device);
-  allocate_device(&segment, static_cast<size_t>(control_bytes + pool_bytes));
+  // NOTE: peers map an allocation of any other size with small pages, at half the write rate.
+  constexpr int64_t kPageBytes = int64_t{2} << 20;
+  const int64_t num_bytes = align_up(control_bytes + pool_bytes, kPageBytes);
+  allocate_device(&segment, static_cast<size_t>(num_bytes));
   EP_CHECK_CUDA(cudaMemset(segment, 0, static_cast<size_t>(control_bytes)));
 }
 
@@ -90,6 +94,12 @@ Buffer::Buffer(const Config& config) : config_(config) {
     records_[i] = CallRecord{};
     records_[i].status = static_cast<int32_t>(CallStatus::kOk);
   }
+
+  EP_CHECK_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  EP_CHECK_CUDA(cudaEventCreateWithFlags(&begin_event_, cudaEventDisableTiming));
+  end_events_.resize(kNumRecords);
+  for (cudaEvent_t& event : end_events_)
+    EP_CHECK_CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
 
   group_.rank = config.rank;
   group_.num_ranks = config.num_ranks;
@@ -142,6 +152,11 @@ void Buffer::destroy() {
     EP_CHECK_CUDA(cudaIpcCloseMemHandle(segment));
     group_.segments[peer] = nullptr;
   }
+  for (cudaEvent_t event : end_events_) EP_CHECK_CUDA(cudaEventDestroy(event));
+  for (const auto& [stream, freed] : freed_) EP_CHECK_CUDA(cudaEventDestroy(freed.event));
+  EP_CHECK_CUDA(cudaEventDestroy(begin_event_));
+  EP_CHECK_CUDA(cudaStreamDestroy(stream_));
+  EP_CHECK_CUDA(cudaFree(scratch_));
   EP_CHECK_CUDA(cudaFree(group_.state));
   EP_CHECK_CUDA(cudaFree(expert_tables_));
   EP_CHECK_CUDA(cudaFreeHost(records_));
@@ -153,7 +168,8 @@ void Buffer::check_usable() const {
     throw DeviceError("this buffer failed and cannot be used any more: " + failure_);
 }
 
-int64_t Buffer::new_call() {
+/// Takes a record and makes the communication stream wait for what the call has to come after.
+int64_t Buffer::begin_call(const CallOrder& order) {
   CallRecord& record = *record_of(num_calls_);
   const auto deadline = Clock::now() + std::chrono::microseconds(2 * config_.timeout_us);
   while (__atomic_load_n(&record.status, __ATOMIC_ACQUIRE) ==
@@ -164,9 +180,49 @@ int64_t Buffer::new_call() {
                                " s and holds a record that a new call needs"));
     std::this_thread::sleep_for(std::chrono::microseconds(50));
   }
+  if (order.previous) {
+    EP_CHECK_CUDA(cudaStreamWaitEvent(stream_, order.previous, 0));
+  } else {
+    EP_CHECK_CUDA(cudaEventRecord(begin_event_, order.caller));
+    EP_CHECK_CUDA(cudaStreamWaitEvent(stream_, begin_event_, 0));
+  }
+  for (auto& [stream, freed] : freed_) {
+    if (!freed.is_pending || (stream == order.caller && !order.previous)) continue;
+    EP_CHECK_CUDA(cudaStreamWaitEvent(stream_, freed.event, 0));
+    freed.is_pending = false;
+  }
   record.has_sizes = 0;
   __atomic_store_n(&record.status, static_cast<int32_t>(CallStatus::kRunning), __ATOMIC_RELEASE);
   return num_calls_++;
+}
+
+void Buffer::end_call(int64_t call, const CallOrder& order) {
+  launch_finish(group_, record_of(call), stream_);
+  EP_CHECK_CUDA(cudaEventRecord(end_event(call), stream_));
+  if (!order.is_async) EP_CHECK_CUDA(cudaStreamWaitEvent(order.caller, end_event(call), 0));
+}
+
+void Buffer::note_free(cudaStream_t stream) {
+  if (is_destroyed_) return;
+  DeviceGuard guard(config_.device);
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  EP_CHECK_CUDA(cudaStreamIsCapturing(stream, &capture));
+  if (capture != cudaStreamCaptureStatusNone) return;
+  Freed& freed = freed_[stream];
+  if (!freed.event) EP_CHECK_CUDA(cudaEventCreateWithFlags(&freed.event, cudaEventDisableTiming));
+  EP_CHECK_CUDA(cudaEventRecord(freed.event, stream));
+  freed.is_pending = true;
+}
+
+int32_t* Buffer::scratch(int64_t num_tokens) {
+  const int64_t needed = (num_chunks(num_tokens) + 1) * (config_.num_ranks + num_experts());
+  if (needed > scratch_elements_) {
+    EP_CHECK_CUDA(cudaStreamSynchronize(stream_));
+    EP_CHECK_CUDA(cudaFree(scratch_));
+    allocate_device(&scratch_, static_cast<size_t>(needed) * sizeof(int32_t));
+    scratch_elements_ = needed;
+  }
+  return scratch_;
 }
 
 PostArgs Buffer::make_post(Op op, const HtSizes& sizes) const {
@@ -176,24 +232,20 @@ PostArgs Buffer::make_post(Op op, const HtSizes& sizes) const {
   return post;
 }
 
-int64_t Buffer::scratch_elements(int64_t num_tokens) const {
-  return (num_chunks(num_tokens) + 1) * (config_.num_ranks + num_experts());
+void Buffer::launch_routing(int64_t call, const HtDispatchArgs& args, const PostArgs& post) {
+  int32_t* memory = scratch(args.sizes.num_tokens);
+  launch_count(group_, args, memory, stream_);
+  launch_notify(group_, args, post, memory, record_of(call), stream_);
+  launch_plan(group_, args, memory, stream_);
 }
 
-int64_t Buffer::notify(const HtDispatchArgs& args, int32_t* scratch, cudaStream_t stream) {
+int64_t Buffer::notify(const HtDispatchArgs& args, const CallOrder& order) {
   check_usable();
   validate(args);
   DeviceGuard guard(config_.device);
-  const int64_t call = new_call();
-  launch_count(group_, args, scratch, stream);
-  launch_notify(group_, args, make_post(Op::kDispatch, args.sizes), scratch, record_of(call),
-                stream);
-  launch_plan(group_, args, scratch, stream);
-  return call;
-}
+  const int64_t call = begin_call(order);
+  launch_routing(call, args, make_post(Op::kDispatch, args.sizes));
 
-const CallRecord& Buffer::wait_sizes(int64_t call, cudaStream_t stream) {
-  DeviceGuard guard(config_.device);
   CallRecord& record = *record_of(call);
   const auto start = Clock::now();
   const auto deadline = start + std::chrono::microseconds(3 * config_.timeout_us);
@@ -202,103 +254,118 @@ const CallRecord& Buffer::wait_sizes(int64_t call, cudaStream_t stream) {
     const auto now = Clock::now();
     if (now - start < kSpin) continue;
     std::this_thread::sleep_for(std::chrono::microseconds(20));
-    const cudaError_t state = cudaStreamQuery(stream);
+    const cudaError_t state = cudaStreamQuery(stream_);
     if (state == cudaErrorNotReady && now < deadline) continue;
     if (state != cudaSuccess && state != cudaErrorNotReady) EP_CHECK_CUDA(state);
     break;  // the kernel has returned without sizes, or nothing moves
   }
-  if (__atomic_load_n(&record.has_sizes, __ATOMIC_ACQUIRE) == kSizesValid) return record;
-  launch_finish(group_, &record, stream);
-  EP_CHECK_CUDA(cudaStreamSynchronize(stream));
-  check(call);
+  if (__atomic_load_n(&record.has_sizes, __ATOMIC_ACQUIRE) == kSizesValid) return call;
+  end_call(call, order);
+  wait(call);
   throw DeviceError("the exchange of counts ended without a result");
 }
 
-void Buffer::send(int64_t call, const HtDispatchArgs& args, bool has_memory, cudaStream_t stream) {
+void Buffer::send(int64_t call, const HtDispatchArgs& args, bool has_memory,
+                  const CallOrder& order) {
   DeviceGuard guard(config_.device);
   Offer offer = recv_offer(args);
   offer.failed = !has_memory;
-  launch_offer(group_, offer, record_of(call), stream);
-  launch_send(group_, args, stream);
-  launch_pad(group_, args, stream);
-  launch_finish(group_, record_of(call), stream);
+  launch_offer(group_, offer, record_of(call), stream_);
+  launch_send(group_, args, stream_);
+  launch_pad(group_, args, stream_);
+  end_call(call, order);
 }
 
-int64_t Buffer::dispatch(const HtDispatchArgs& args, int32_t* scratch, cudaStream_t stream) {
+int64_t Buffer::dispatch(const HtDispatchArgs& args, const CallOrder& order) {
   check_usable();
   validate(args);
   DeviceGuard guard(config_.device);
-  const int64_t call = new_call();
+  const int64_t call = begin_call(order);
   const bool is_fresh = args.sizes.handle_seq < 0;
   PostArgs post = make_post(is_fresh ? Op::kDispatch : Op::kCachedDispatch, args.sizes);
   post.offer = recv_offer(args);
   if (is_fresh) {
-    launch_count(group_, args, scratch, stream);
-    launch_notify(group_, args, post, scratch, record_of(call), stream);
-    launch_plan(group_, args, scratch, stream);
+    launch_routing(call, args, post);
   } else {
-    launch_post(group_, post, record_of(call), stream);
+    launch_post(group_, post, record_of(call), stream_);
   }
-  launch_send(group_, args, stream);
-  launch_pad(group_, args, stream);
-  launch_finish(group_, record_of(call), stream);
+  launch_send(group_, args, stream_);
+  launch_pad(group_, args, stream_);
+  end_call(call, order);
   return call;
 }
 
-int64_t Buffer::combine(const HtCombineArgs& args, cudaStream_t stream) {
+int64_t Buffer::combine(const HtCombineArgs& args, const CallOrder& order) {
   check_usable();
   validate(args);
   DeviceGuard guard(config_.device);
-  const int64_t call = new_call();
+  const int64_t call = begin_call(order);
   const bool by_expert = static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor;
   const int64_t weights_per_row = by_expert ? 1 : args.sizes.num_topk;
-  if (args.stage_x && args.num_rows > 0)
-    EP_CHECK_CUDA(cudaMemcpyAsync(pool_base() + args.pool_x, args.x,
-                                  static_cast<size_t>(args.num_rows * args.sizes.row_bytes),
-                                  cudaMemcpyDeviceToDevice, stream));
-  if (args.stage_topk_weights && args.num_rows > 0)
-    EP_CHECK_CUDA(cudaMemcpyAsync(
-        pool_base() + args.pool_topk_weights, args.topk_weights,
-        static_cast<size_t>(args.num_rows * weights_per_row * args.sizes.weight_bytes),
-        cudaMemcpyDeviceToDevice, stream));
+  const auto stage = [&](int64_t offset, const uint8_t* from, int64_t row_bytes) {
+    if (args.num_rows > 0)
+      EP_CHECK_CUDA(cudaMemcpyAsync(pool_base() + offset, from,
+                                    static_cast<size_t>(args.num_rows * row_bytes),
+                                    cudaMemcpyDeviceToDevice, stream_));
+  };
+  if (args.stage_x) stage(args.pool_x, args.x, args.sizes.row_bytes);
+  if (args.stage_topk_weights)
+    stage(args.pool_topk_weights, args.topk_weights, weights_per_row * args.sizes.weight_bytes);
   PostArgs post = make_post(Op::kCombine, args.sizes);
   post.offer.x = args.pool_x;
   post.offer.topk_weights = args.pool_topk_weights;
-  launch_post(group_, post, record_of(call), stream);
-  launch_reduce(group_, args, stream);
-  launch_finish(group_, record_of(call), stream);
+  launch_post(group_, post, record_of(call), stream_);
+  launch_reduce(group_, args, stream_);
+  end_call(call, order);
   return call;
 }
 
-int64_t Buffer::barrier(cudaStream_t stream) {
+int64_t Buffer::barrier(const CallOrder& order) {
   check_usable();
   DeviceGuard guard(config_.device);
-  const int64_t call = new_call();
-  launch_post(group_, make_post(Op::kBarrier, HtSizes{}), record_of(call), stream);
-  launch_finish(group_, record_of(call), stream);
+  const int64_t call = begin_call(order);
+  launch_post(group_, make_post(Op::kBarrier, HtSizes{}), record_of(call), stream_);
+  end_call(call, order);
   return call;
 }
 
-int64_t Buffer::refuse(const std::string& reason, cudaStream_t stream) {
+int64_t Buffer::refuse(const std::string& reason, const CallOrder& order) {
   check_usable();
   DeviceGuard guard(config_.device);
-  const int64_t call = new_call();
+  const int64_t call = begin_call(order);
   PostArgs post{};
   post.fields[kFieldOp] = static_cast<int64_t>(Op::kRefused);
   post.has_text = 1;
   std::memcpy(post.text, reason.data(), std::min(reason.size(), size_t{kMaxText - 1}));
-  launch_post(group_, post, record_of(call), stream);
-  launch_finish(group_, record_of(call), stream);
+  launch_post(group_, post, record_of(call), stream_);
+  end_call(call, order);
   return call;
 }
 
-bool Buffer::check(int64_t call) {
-  if (num_calls_ - call > kNumRecords) return true;
+bool Buffer::is_finished(int64_t call) const {
+  return is_destroyed_ || is_too_old(call) ||
+         __atomic_load_n(&record_of(call)->status, __ATOMIC_ACQUIRE) !=
+             static_cast<int32_t>(CallStatus::kRunning);
+}
+
+void Buffer::wait(int64_t call) {
+  if (is_destroyed_ || is_too_old(call)) return;
+  DeviceGuard guard(config_.device);
+  EP_CHECK_CUDA(cudaEventSynchronize(end_event(call)));
+  check(call);
+}
+
+void Buffer::make_stream_wait(int64_t call, cudaStream_t stream) {
+  if (is_destroyed_ || is_too_old(call)) return;
+  DeviceGuard guard(config_.device);
+  EP_CHECK_CUDA(cudaStreamWaitEvent(stream, end_event(call), 0));
+}
+
+void Buffer::check(int64_t call) {
+  if (is_destroyed_ || is_too_old(call)) return;
   const CallRecord& record = *record_of(call);
   const auto status = static_cast<CallStatus>(__atomic_load_n(&record.status, __ATOMIC_ACQUIRE));
-  if (status == CallStatus::kRunning) return false;
-  if (status != CallStatus::kOk) throw_error(record);
-  return true;
+  if (status != CallStatus::kOk && status != CallStatus::kRunning) throw_error(record);
 }
 
 void Buffer::throw_error(const CallRecord& record) {

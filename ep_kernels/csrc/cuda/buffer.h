@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -25,8 +26,15 @@ struct Pool {
   PoolAllocator allocator;
 };
 
-/// Symmetric memory of one rank on a GPU, and the calls over it. Calls enqueue on the stream given
-/// and return; nothing here waits for the device except wait_sizes() and destroy().
+/// How a call is ordered with the work of its caller.
+struct CallOrder {
+  cudaStream_t caller;
+  cudaEvent_t previous;  ///< the call waits for it instead of for the caller's stream, if not null
+  bool is_async;         ///< the caller's stream does not wait for the call
+};
+
+/// Symmetric memory of one rank on a GPU, and the calls over it. Calls enqueue on the buffer's
+/// communication stream and return; only notify(), wait() and destroy() wait for the device.
 class Buffer {
  public:
   struct Config {
@@ -51,34 +59,51 @@ class Buffer {
   int num_local_experts() const { return group_.num_local_experts; }
   int num_experts() const { return static_cast<int>(config_.expert_rank.size()); }
 
-  /// int32 elements of the scratch memory of a fresh dispatch.
-  int64_t scratch_elements(int64_t num_tokens) const;
+  // Calls. Each returns its number.
 
-  // Calls. Each returns its number, for check().
-
-  /// First half of a fresh dispatch: counts, routing. wait_sizes() follows.
-  int64_t notify(const HtDispatchArgs& args, int32_t* scratch, cudaStream_t stream);
-  /// Blocks the host until the sizes are known. If the call has ended with an error, completes it
-  /// on `stream` and throws.
-  const CallRecord& wait_sizes(int64_t call, cudaStream_t stream);
+  /// First half of a fresh dispatch: fills args.routing and blocks the host until the sizes are
+  /// known. If the call has ended with an error, completes it and throws.
+  int64_t notify(const HtDispatchArgs& args, const CallOrder& order);
+  /// What the host learns from notify(); valid until kNumRecords calls later.
+  const CallRecord& record(int64_t call) const { return *record_of(call); }
   /// Second half. `has_memory` false: tells the peers that this rank has none for its rows.
-  void send(int64_t call, const HtDispatchArgs& args, bool has_memory, cudaStream_t stream);
-  /// A whole dispatch whose memory is known: with a capacity (`scratch` given) or a cached handle.
-  int64_t dispatch(const HtDispatchArgs& args, int32_t* scratch, cudaStream_t stream);
-  int64_t combine(const HtCombineArgs& args, cudaStream_t stream);
-  int64_t barrier(cudaStream_t stream);
-  int64_t refuse(const std::string& reason, cudaStream_t stream);
+  void send(int64_t call, const HtDispatchArgs& args, bool has_memory, const CallOrder& order);
+  /// A whole dispatch whose memory is known: with a capacity or a cached handle.
+  int64_t dispatch(const HtDispatchArgs& args, const CallOrder& order);
+  int64_t combine(const HtCombineArgs& args, const CallOrder& order);
+  int64_t barrier(const CallOrder& order);
+  int64_t refuse(const std::string& reason, const CallOrder& order);
 
-  /// Throws the error of a call; false while it runs. True for calls too old to have a record:
-  /// new ones wait for those that are under way, and a failed wait ends the buffer.
-  bool check(int64_t call);
+  /// Whether a call has finished. One too old to have a record has.
+  bool is_finished(int64_t call) const;
+  /// Waits for a call on the host, then throws its error.
+  void wait(int64_t call);
+  /// Throws the error of a finished call.
+  void check(int64_t call);
+  /// Makes a stream wait for a call.
+  void make_stream_wait(int64_t call, cudaStream_t stream);
+  /// The end of a call, for other streams and buffers to wait for.
+  cudaEvent_t end_event(int64_t call) const { return end_events_[call % kNumRecords]; }
+
+  /// Notes that memory of the pool was freed while `stream` was current: it is not written again
+  /// before the work that the stream has now is done.
+  void note_free(cudaStream_t stream);
 
   /// Leaves the group and unmaps the peers. Waits for the device. Idempotent.
   void destroy();
 
  private:
+  struct Freed {
+    cudaEvent_t event;
+    bool is_pending;  // noted since a call last waited for it
+  };
+
   void check_usable() const;
-  int64_t new_call();
+  int64_t begin_call(const CallOrder& order);
+  void end_call(int64_t call, const CallOrder& order);
+  void launch_routing(int64_t call, const HtDispatchArgs& args, const PostArgs& post);
+  int32_t* scratch(int64_t num_tokens);
+  bool is_too_old(int64_t call) const { return num_calls_ - call > kNumRecords; }
   CallRecord* record_of(int64_t call) const { return records_ + call % kNumRecords; }
   PostArgs make_post(Op op, const HtSizes& sizes) const;
   void throw_error(const CallRecord& record);
@@ -90,6 +115,12 @@ class Buffer {
   CallRecord* records_ = nullptr;  // pinned, seen by the device
   int64_t num_calls_ = 0;
   int32_t* expert_tables_ = nullptr;
+  int32_t* scratch_ = nullptr;
+  int64_t scratch_elements_ = 0;
+  cudaStream_t stream_ = nullptr;
+  cudaEvent_t begin_event_ = nullptr;
+  std::vector<cudaEvent_t> end_events_;
+  std::map<cudaStream_t, Freed> freed_;
   std::string failure_;
   bool is_destroyed_ = false;
 };

@@ -87,6 +87,14 @@ __global__ void __launch_bounds__(kNumThreads)
     scratch[int64_t{blockIdx.x} * num_columns + column] = masks.size(column);
 }
 
+/// What a handle holds if the call fails: choices that are served nowhere.
+__device__ void clear_choices(const HtDispatchArgs& args) {
+  const int64_t count = args.sizes.num_tokens * args.sizes.num_topk;
+  const int64_t stride = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += stride)
+    args.routing.rows[i] = args.routing.routes[i] = kNoRoute;
+}
+
 /// Whether no earlier choice of the token of choice `index` lands on the same rank.
 __device__ bool is_first_on_rank(const DeviceGroup& group, const HtDispatchArgs& args,
                                  int64_t index) {
@@ -100,7 +108,7 @@ __device__ bool is_first_on_rank(const DeviceGroup& group, const HtDispatchArgs&
 __global__ void __launch_bounds__(kNumThreads)
     plan_kernel(const __grid_constant__ DeviceGroup group,
                 const __grid_constant__ HtDispatchArgs args, const int32_t* scratch) {
-  if (!is_running(group)) return;
+  if (!is_running(group)) return clear_choices(args);
   extern __shared__ uint32_t shared_words[];
   ChunkMasks masks{shared_words};
   fill_masks(group, args, masks);
@@ -207,6 +215,18 @@ __device__ void place_groups(const DeviceGroup& group, const HtDispatchArgs& arg
   __syncthreads();
 }
 
+/// What a handle holds if the call fails: nothing received. All threads.
+__device__ void clear_receiver(const DeviceGroup& group, const HtDispatchArgs& args) {
+  const bool by_expert = static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor;
+  const int num_local = group.num_local_experts, num_groups = by_expert ? num_local : 1;
+  for (int i = threadIdx.x; i < num_local; i += blockDim.x)
+    args.routing.num_recv_tokens_per_expert[i] = 0;
+  for (int i = threadIdx.x; i <= num_local; i += blockDim.x) args.routing.expert_offsets[i] = 0;
+  for (int i = threadIdx.x; i < 2 * num_groups; i += blockDim.x) args.routing.own_rows[i] = 0;
+  if (threadIdx.x < 3) args.routing.recv_sizes[threadIdx.x] = 0;
+  __syncthreads();
+}
+
 /// The receiver's part of the routing that does not depend on the layout's group starts.
 __device__ void fill_receiver(const DeviceGroup& group, const HtDispatchArgs& args,
                               const ColumnSums& sums, const int32_t* own_counts) {
@@ -284,6 +304,7 @@ __global__ void __launch_bounds__(kNotifyThreads)
                   const __grid_constant__ PostArgs post, int32_t* scratch, int64_t chunks,
                   CallRecord* record) {
   extern __shared__ int32_t shared_sums[];
+  clear_receiver(group, args);
   if (!is_running(group)) return;
   const int num_columns = group.num_ranks + group.num_experts;
   const ColumnSums sums{shared_sums, shared_sums + num_columns};
