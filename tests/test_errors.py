@@ -478,32 +478,23 @@ def test_a_rank_may_refuse_many_calls_before_the_others_make_them(ranks, backend
 
 
 def on_rank_error_behind_calls(rank, backend, kind):
-    """Large rows are on their way when a later call is refused, or ranks disagree about it."""
-    case = Case(
-        num_ranks=3, num_tokens=(900, 1000, 800), hidden=7168, capacity=(2400,) * 3, num_topk=3
-    )
+    """Many rows of rank 2 are on their way when a later call is refused, or ranks disagree."""
+    case = Case(num_ranks=3, num_tokens=(20, 30, 3000), hidden=7168, num_topk=3)
     world = World(case, rank)
     xs = [torch.full((n, case.hidden), 1.0 + i).bfloat16() for i, n in enumerate(case.num_tokens)]
+    bad = dict(num_sms=-1) if kind == "refusal" else dict(expert_alignment=4)
+    num_rows = world.rows[rank].num_rows
     with cases.make_buffer(backend, case=case, num_sms=1) as buffer:
         for _ in range(3):
-            result = buffer.dispatch(
-                xs[rank],
-                world.topk_idxs[rank],
-                world.topk_weights[rank],
-                capacity=2400,
-                async_op=True,
-            )
-            options = {"refusal": dict(num_sms=-1), "disagreement": dict(expert_alignment=4)}[kind]
-            error = error_of(
-                buffer.dispatch,
-                world.xs()[rank][:3],
-                world.topk_idxs[rank][:3],
-                **(options if rank == 1 else {}),
-            )
+            result = buffer.dispatch(xs[rank], world.topk_idxs[rank], capacity=3050, async_op=True)
+            few_rows = world.xs()[rank][:3], world.topk_idxs[rank][:3]
+            error = error_of(buffer.dispatch, *few_rows, **(bad if rank == 2 else {}))
             check_message(error, "num_sms=-1|expert_alignment")
             result.event.wait()
-            cases.check_dispatch_result(result, world, xs)
-            del result
+            last_rows = result.recv_x[num_rows - 10 : num_rows].clone()  # at once
+            assert (last_rows == xs[2][0]).all()
+            result.recv_x.zero_()  # the same memory comes again
+            buffer.barrier()
 
 
 @THREE_RANKS
