@@ -110,6 +110,8 @@ def load_checkpoint(
         ConfigError: an explicitly named checkpoint is missing, or it was made with other sizes.
     """
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint.api import CheckpointException
 
     path = find_checkpoint(config)
     if path is None:
@@ -126,8 +128,10 @@ def load_checkpoint(
         state["rng"] = _sharded_rng_state()
     try:
         loaded = dist_checkpointing.load(state, str(path))
-    except dist_checkpointing.core.CheckpointingException as error:
-        raise ConfigError(f"{path} does not fit this model or number of ranks: {error}") from error
+    except (CheckpointingException, CheckpointException) as error:
+        raise ConfigError(
+            f"{path} does not fit this model or number of ranks: {_shorten(error)}"
+        ) from error
     for i, chunk in enumerate(chunks):
         unwrap(chunk).load_state_dict(loaded[_chunk_name(i, chunks)])
     if with_optimizer:
@@ -139,6 +143,14 @@ def load_checkpoint(
         _set_rng_state(loaded["rng"][0])
     logger.info("loaded %s", path)
     return Progress() if section.finetune else Progress(**loaded["progress"])
+
+
+def _shorten(error: BaseException) -> str:
+    """What went wrong, without the list of all tensors."""
+    for failure, _ in getattr(error, "failures", {}).values():
+        error = failure
+    text = str(error)
+    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def find_checkpoint(config: Config) -> Path | None:

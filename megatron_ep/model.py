@@ -59,8 +59,10 @@ def uses_transformer_engine(config: Config) -> bool:
     return available and wanted != "local"
 
 
-def build_model(config: Config, *, vocab_size: int, device: torch.device) -> list[nn.Module]:
-    """The model chunks of this rank, wrapped for data parallelism.
+def build_model(
+    config: Config, *, vocab_size: int, device: torch.device, for_training: bool = True
+) -> list[nn.Module]:
+    """The model chunks of this rank.
 
     Makes the dispatcher `deepep` known to Megatron-Core first.
 
@@ -68,6 +70,7 @@ def build_model(config: Config, *, vocab_size: int, device: torch.device) -> lis
         config: the settings.
         vocab_size: of the tokenizer, not padded.
         device: where weights go.
+        for_training: wrap for data parallelism, with buffers for gradients.
 
     Returns:
         One chunk, or one for each virtual pipeline stage.
@@ -92,6 +95,8 @@ def build_model(config: Config, *, vocab_size: int, device: torch.device) -> lis
         if config.model.precision != "fp32":
             chunk = Float16Module(core_config, chunk)
         chunks.append(chunk)
+    if not for_training:
+        return chunks
     wrapped: list[nn.Module] = [
         DistributedDataParallel(core_config, ddp_config(config), chunk, disable_bucketing=i > 0)
         for i, chunk in enumerate(chunks)

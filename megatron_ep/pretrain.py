@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import logging
 import sys
-import warnings
 from collections.abc import Sequence
 
 from megatron_ep.config import Config, ConfigError, config_from_arguments
-from megatron_ep.ranks import Ranks, set_up_logging, start_ranks, stop_ranks
+from megatron_ep.ranks import (
+    Ranks,
+    ignore_known_warnings,
+    set_up_logging,
+    start_ranks,
+    stop_ranks,
+)
 
 logger = logging.getLogger("megatron_ep")
 
@@ -75,7 +80,7 @@ def _describe(config: Config, ranks: Ranks, trainer: object) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     set_up_logging()
-    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
+    ignore_known_warnings()
     try:
         config = config_from_arguments(
             sys.argv[1:] if arguments is None else arguments,

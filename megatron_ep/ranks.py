@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -92,14 +93,21 @@ def data_parallel_size(config: Config, world_size: int) -> int:
     )
 
 
-def set_up_logging() -> None:
+def set_up_logging(level: int = logging.INFO) -> None:
     """Messages of rank 0 on the standard error stream; errors of every rank."""
     rank = int(os.environ.get("RANK", "0"))
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[{rank}] %(message)s"))
     logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    logger.setLevel(level if rank == 0 else logging.ERROR)
     logger.propagate = False
+
+
+def ignore_known_warnings() -> None:
+    """Silences what Megatron-Core and torch say about each other and about absent GPU packages."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
+    for name in ("megatron.core", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _choose_device(config: Config) -> torch.device:
