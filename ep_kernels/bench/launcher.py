@@ -16,6 +16,7 @@ from typing import Any
 from ep_kernels.bench.worker import Job
 
 POLL_S = 0.1
+PATIENCE_S = 5.0
 
 # glibc gives large blocks back to the system and takes them anew, page by page, on every call.
 # Keeping them makes the baselines faster, and is what a caching allocator does elsewhere.
@@ -52,10 +53,7 @@ def run_ranks(job: Job, *, timeout_s: float) -> dict[str, Any]:
     try:
         _wait(processes, timeout_s)
     finally:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        _end(processes)
     results: dict[str, Any] = json.loads(job.results_file.read_text())
     return results
 
@@ -74,6 +72,18 @@ def _commands(job: Job) -> list[list[str]]:
         # Also makes waiting ranks give way to others, so only where they share cores.
         command += ["--oversubscribe"] if num_ranks > len(os.sched_getaffinity(0)) else []
     return [[*command, *worker]]
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Asks first: mpirun then removes the shared memory of its ranks."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], timeout_s: float) -> None:
