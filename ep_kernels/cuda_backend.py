@@ -265,8 +265,12 @@ class CudaBackend:
         return self._buffer is None or bool(self._library.ep_cuda_is_finished(self._buffer, number))
 
     def wait(self, number: int) -> None:
-        if self._buffer is not None:
+        if self._buffer is None:
+            return
+        try:
             _native.call(self._library.ep_cuda_wait, self._buffer, number)
+        finally:  # whoever waited knows the outcome; poll() need not tell it again
+            self._pending = [entry for entry in self._pending if entry[0] != number]
 
     def make_current_stream_wait(self, number: int) -> None:
         if self._buffer is not None:

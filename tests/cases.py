@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from host_view import HostView
 
 from ep_kernels import reference
 from ep_kernels.config import Layout
@@ -218,6 +219,9 @@ def make_buffer(backend, *, group=None, case=None, **options):
     import ep_kernels
 
     options.setdefault("pool_bytes", 256 << 20)
+    if backend == "cuda":
+        options.setdefault("device", f"cuda:{dist.get_rank() % torch.cuda.device_count()}")
+        return HostView(ep_kernels.Buffer(group, **options))
     buffer = ep_kernels.Buffer(group, device=backend, **options)
     # New memory is zero, used memory is not: what has to be zero must not be so by luck.
     buffer.empty(2 << 20, dtype=torch.uint8).fill_(0x7F)

@@ -188,28 +188,39 @@ __device__ void sum_columns(const DeviceGroup& group, uint64_t seq, const Column
   __syncthreads();
 }
 
+/// Inclusive sum over the lanes of a warp.
+__device__ int32_t scan_lanes(int32_t value, int lane) {
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int32_t below = __shfl_up_sync(0xffffffffu, value, distance);
+    if (lane >= distance) value += below;
+  }
+  return value;
+}
+
 /// Adds to the sums' `before` where each expert's group begins on its rank, and fills this rank's
-/// own groups. A thread per rank walks its experts.
+/// own groups. A warp per rank goes through the experts, 32 at a time.
 __device__ void place_groups(const DeviceGroup& group, const HtDispatchArgs& args,
                              const ColumnSums& sums) {
-  for (int dst = threadIdx.x; dst < group.num_ranks; dst += blockDim.x) {
-    int64_t begin = 0, num_real_rows = 0;
-    for (int expert = 0; expert < group.num_experts; ++expert) {
-      if (group.placement.rank_of[expert] != dst) continue;
-      const int column = group.num_ranks + expert;
-      const int64_t total = sums.total[column];
-      const int64_t end = begin + align_up(total, int64_t{args.sizes.expert_alignment});
-      sums.before[column] += static_cast<int32_t>(begin);
-      num_real_rows += total;
-      if (dst == group.rank) {
+  const int lane = threadIdx.x % 32, num_warps = blockDim.x / 32;
+  for (int dst = threadIdx.x / 32; dst < group.num_ranks; dst += num_warps) {
+    int32_t end_of_groups = 0, num_real_rows = 0;
+    for (int first = 0; first < group.num_experts; first += 32) {
+      const int expert = first + lane, column = group.num_ranks + expert;
+      const bool is_here = expert < group.num_experts && group.placement.rank_of[expert] == dst;
+      const int32_t total = is_here ? sums.total[column] : 0;
+      const int32_t size = align_up(total, args.sizes.expert_alignment);
+      const int32_t end = end_of_groups + scan_lanes(size, lane);
+      if (is_here) sums.before[column] += end - size;
+      if (is_here && dst == group.rank) {
         const int local = group.placement.local_of[expert];
-        args.routing.expert_offsets[local] = begin;
         args.routing.expert_offsets[local + 1] = end;
       }
-      begin = end;
+      end_of_groups = __shfl_sync(0xffffffffu, end, 31);
+      num_real_rows += __shfl_sync(0xffffffffu, scan_lanes(total, lane), 31);
     }
-    if (dst != group.rank) continue;
-    args.routing.recv_sizes[0] = begin;
+    if (dst != group.rank || lane != 0) continue;
+    args.routing.recv_sizes[0] = end_of_groups;
     args.routing.recv_sizes[1] = num_real_rows;
   }
   __syncthreads();
@@ -248,21 +259,21 @@ __device__ void fill_receiver(const DeviceGroup& group, const HtDispatchArgs& ar
   __syncthreads();
 }
 
-/// One thread: rows that arrive for this rank but lie past its capacity.
+/// All threads: rows that arrive for this rank but lie past its capacity.
 __device__ void count_overflow(const DeviceGroup& group, const HtDispatchArgs& args) {
   const int64_t capacity = args.sizes.capacity;
-  int64_t overflow = 0;
-  if (capacity >= 0 && static_cast<Layout>(args.sizes.layout) == Layout::kRankMajor)
-    overflow = max(int64_t{0}, args.routing.recv_sizes[1] - capacity);
-  if (capacity >= 0 && static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor)
-    for (int expert = 0; expert < group.num_experts; ++expert) {
-      if (group.placement.rank_of[expert] != group.rank) continue;
-      const int local = group.placement.local_of[expert];
-      const int64_t count = args.routing.num_recv_tokens_per_expert[local];
-      const int64_t room = max(int64_t{0}, capacity - args.routing.expert_offsets[local]);
-      overflow += count - min(count, room);
-    }
-  args.routing.recv_sizes[2] = overflow;
+  if (capacity < 0) return;
+  if (static_cast<Layout>(args.sizes.layout) == Layout::kRankMajor) {
+    if (threadIdx.x == 0)
+      args.routing.recv_sizes[2] = max(int64_t{0}, args.routing.recv_sizes[1] - capacity);
+    return;
+  }
+  auto* overflow = reinterpret_cast<unsigned long long*>(args.routing.recv_sizes + 2);
+  for (int local = threadIdx.x; local < group.num_local_experts; local += blockDim.x) {
+    const int64_t count = args.routing.num_recv_tokens_per_expert[local];
+    const int64_t room = max(int64_t{0}, capacity - args.routing.expert_offsets[local]);
+    atomicAdd(overflow, static_cast<unsigned long long>(count - min(count, room)));
+  }
 }
 
 /// All threads: tells the host how much memory to take, and where the groups are.
@@ -287,12 +298,10 @@ __device__ bool exchange(const DeviceGroup& group, const HtDispatchArgs& args, c
   wait_slot(group, record, seq);
   send_post(group, seq, refuse_bad_choice(group, args, post), own_counts);
   wait_posts(group, record, seq);
-  if (threadIdx.x == 0) {
-    check_agreement(group, record, seq);
-    if (!is_running(group)) {
-      __threadfence_system();
-      store_word(&record->has_sizes, kSizesNever);
-    }
+  check_agreement(group, record, seq);
+  if (threadIdx.x == 0 && !is_running(group)) {
+    __threadfence_system();
+    store_word(&record->has_sizes, kSizesNever);
   }
   __syncthreads();
   return is_running(group);
@@ -315,7 +324,7 @@ __global__ void __launch_bounds__(kNotifyThreads)
   if (static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor)
     place_groups(group, args, sums);
   fill_receiver(group, args, sums, own_counts);
-  if (threadIdx.x == 0) count_overflow(group, args);
+  count_overflow(group, args);
   __syncthreads();
   publish_sizes(args, group.num_local_experts, record);
   for (int64_t i = threadIdx.x; i < chunks * num_columns; i += blockDim.x)

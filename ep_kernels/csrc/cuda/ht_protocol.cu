@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kNumThreads)
   wait_slot(group, record, seq);
   send_post(group, seq, post, nullptr);
   wait_posts(group, record, seq);
-  if (threadIdx.x == 0) check_agreement(group, record, seq);
+  check_agreement(group, record, seq);
 }
 
 __global__ void __launch_bounds__(kNumThreads)

@@ -121,34 +121,47 @@ __device__ inline void wait_posts(const DeviceGroup& group, CallRecord* record, 
   __syncthreads();
 }
 
-/// One thread, after wait_posts(): ends the call if a rank refused it or ranks disagree. Goes
-/// through ranks and fields in order, so that every rank reports the same.
+/// Reports the refusal of rank `src`. One that a kernel made says what it found in its fields, one
+/// that the host made in its text. One thread.
+__device__ inline void report_refusal(const DeviceGroup& group, CallRecord* record,
+                                      const Post& post, int src) {
+  const int64_t kind = post.fields[kFieldLayout];
+  for (int i = 0; i < 3; ++i) record->detail[i] = post.fields[kFieldLayout + 1 + i];
+  for (int i = 0; i < kMaxText && kind == 0; ++i) record->text[i] = post.text[i];
+  record->rank = src;
+  set_status(group, kind == 0 ? CallStatus::kRefused : static_cast<CallStatus>(kind));
+}
+
+/// All threads, after wait_posts(): ends the call if a rank refused it or ranks disagree. Every
+/// thread compares some fields; the lowest finding counts, so that every rank reports the same:
+/// refusals before disagreements, then by rank, then by field.
 __device__ inline void check_agreement(const DeviceGroup& group, CallRecord* record, uint64_t seq) {
-  if (!is_running(group)) return;
+  constexpr int kNothing = INT32_MAX;
+  __shared__ int finding;
+  if (threadIdx.x == 0) finding = kNothing;
+  __syncthreads();
+  const int num_fields = group.num_ranks * kNumPostFields;
   const Post& first = post_of(group, seq, group.rank, 0);
-  for (int src = 0; src < group.num_ranks; ++src) {
-    const Post& post = post_of(group, seq, group.rank, src);
-    if (post.fields[kFieldOp] != static_cast<int64_t>(Op::kRefused)) continue;
-    // A refusal found by a kernel says what it found in its fields; one by the host in its text.
-    const int64_t kind = post.fields[kFieldLayout];
-    for (int i = 0; i < 3; ++i) record->detail[i] = post.fields[kFieldLayout + 1 + i];
-    for (int i = 0; i < kMaxText && kind == 0; ++i) record->text[i] = post.text[i];
-    record->rank = src;
-    set_status(group, kind == 0 ? CallStatus::kRefused : static_cast<CallStatus>(kind));
-    return;
+  for (int i = threadIdx.x; i < num_fields && is_running(group); i += blockDim.x) {
+    const int src = i / kNumPostFields, field = i % kNumPostFields;
+    const int64_t value = post_of(group, seq, group.rank, src).fields[field];
+    if (field == kFieldOp && value == static_cast<int64_t>(Op::kRefused)) atomicMin(&finding, src);
+    if (value != first.fields[field]) atomicMin(&finding, group.num_ranks + i);
   }
-  for (int src = 1; src < group.num_ranks; ++src) {
-    const Post& post = post_of(group, seq, group.rank, src);
-    for (int field = 0; field < kNumPostFields; ++field) {
-      if (post.fields[field] == first.fields[field]) continue;
+  __syncthreads();
+  if (threadIdx.x == 0 && finding != kNothing) {
+    if (finding < group.num_ranks) {
+      report_refusal(group, record, post_of(group, seq, group.rank, finding), finding);
+    } else {
+      const int i = finding - group.num_ranks, src = i / kNumPostFields, field = i % kNumPostFields;
       record->rank = src;
       record->detail[0] = field;
       record->detail[1] = first.fields[field];
-      record->detail[2] = post.fields[field];
+      record->detail[2] = post_of(group, seq, group.rank, src).fields[field];
       set_status(group, CallStatus::kDisagree);
-      return;
     }
   }
+  __syncthreads();
 }
 
 }  // namespace ep::cuda
