@@ -22,6 +22,7 @@ from ep_kernels.errors import EPConfigError
 from ep_kernels.event import Event
 from ep_kernels.handle import CombineResult, DispatchHandle, DispatchLayout, DispatchResult
 from ep_kernels.ht import HighThroughput, NewRouting
+from ep_kernels.registry import register
 
 _open_buffers: weakref.WeakSet[Buffer] = weakref.WeakSet()
 
@@ -100,6 +101,7 @@ class Buffer:
             num_local_experts=self.num_local_experts,
             num_sms=self.num_sms,
         )
+        self.id = register(self)  # names the buffer in operators, see ops.py
         _open_buffers.add(self)
 
     # Properties
