@@ -1,4 +1,4 @@
-"""A CUDA buffer for tests whose tensors are on the CPU: arguments go to the device, results come back."""
+"""A CUDA buffer for tests on CPU tensors: arguments go to the device, results come back."""
 
 from __future__ import annotations
 

@@ -125,8 +125,8 @@ struct Item {
   uint32_t num_bytes;
 
   __device__ Item(const HtDispatchArgs& args, const Pieces& pieces, int64_t item)
-      : token(item / pieces.num_per_row),
-        begin(item % pieces.num_per_row * pieces.num_bytes),
+      : token(pieces.num_per_row == 1 ? item : item / pieces.num_per_row),
+        begin((item - token * pieces.num_per_row) * pieces.num_bytes),
         num_bytes(
             static_cast<uint32_t>(min(int64_t{pieces.num_bytes}, args.sizes.row_bytes - begin))) {}
 };
@@ -184,20 +184,26 @@ __device__ void send_items(const DeviceGroup& group, const HtDispatchArgs& args,
   for (int64_t i = items.begin; i < items.end; i += stride, ++step) {
     const Item item(args, pieces, i);
     const Choice own = next;
-    wait_stores_read<0>();  // each lane's own stores out of the next stage
-    __syncwarp();
     if (i + stride < items.end) {
       const Item ahead(args, pieces, i + stride);
       next = load_choice(args, ahead.token, lane);
-      if (lane == 0) load(args, ahead, stages, step + 1);
+      if (lane == 0) {
+        wait_stores_read<0>();  // the stores out of the next stage
+        load(args, ahead, stages, step + 1);
+      }
     }
     wait_barrier(stages.barrier(step), stages.parity(step));
     send_item(group, args, to, item, own, [&](uint8_t* dst) {
-      if (dst) bulk_store(dst, stages.stage(step), item.num_bytes);
+      for (unsigned left = __ballot_sync(kAllLanes, dst != nullptr); left != 0; left &= left - 1) {
+        const auto address =
+            __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(dst), __ffs(left) - 1);
+        if (lane == 0)
+          bulk_store(reinterpret_cast<uint8_t*>(address), stages.stage(step), item.num_bytes);
+      }
     });
-    commit_stores();
+    if (lane == 0) commit_stores();
   }
-  wait_stores_written();
+  if (lane == 0) wait_stores_written();
 }
 
 #else
