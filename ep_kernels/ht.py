@@ -40,6 +40,15 @@ class NewRouting:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """What the transfer reads, kept until it has: after an asynchronous call only we have it."""
+
+    rows: checks.Rows
+    weights: torch.Tensor | None
+    topk_idx: torch.Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Received:
     """The tensors that a dispatch fills, in this rank's pool."""
 
@@ -94,22 +103,24 @@ class HighThroughput:
             else:
                 handle = self._check_handle(routing)
                 rows = checks.check_rows(x, num_rows=handle.num_tokens, device=self._backend.device)
-            weights = self._check_weights(topk_weights, (handle.num_tokens, handle.num_topk))
+            inputs = _Inputs(
+                rows=rows,
+                weights=self._check_weights(topk_weights, (handle.num_tokens, handle.num_topk)),
+                topk_idx=routing.topk_idx if isinstance(routing, NewRouting) else None,
+            )
             args = DispatchArgs(
                 x=rows.x.data_ptr(),
                 scales=_address(rows.scales),
-                topk_weights=_address(weights),
-                routing=Routing(**handle.memory.addresses()),
-                sizes=self._sizes(rows, handle, weights, options.num_sms),
+                topk_weights=_address(inputs.weights),
+                routing=Routing(topk_idx=_address(inputs.topk_idx), **handle.memory.addresses()),
+                sizes=self._sizes(rows, handle, inputs.weights, options.num_sms),
             )
-            if isinstance(routing, NewRouting):
-                args.routing.topk_idx = routing.topk_idx.data_ptr()
             memory = None
             if handle.num_rows >= 0:
-                memory = self._receive_memory(args, rows, handle, weights)
+                memory = self._receive_memory(args, inputs, handle)
         if memory is None:
-            return self._dispatch_fresh(args, rows, handle, weights, options)
-        keep = (rows, weights, routing, handle, memory)
+            return self._dispatch_fresh(args, inputs, handle, options)
+        keep = (inputs, handle, memory)
         seq, event = self._backend.dispatch(args, keep=keep, options=options)
         if handle.seq < 0:
             handle = replace(handle, seq=seq)
@@ -161,9 +172,8 @@ class HighThroughput:
     def _dispatch_fresh(
         self,
         args: DispatchArgs,
-        rows: checks.Rows,
+        inputs: _Inputs,
         handle: DispatchHandle,
-        weights: torch.Tensor | None,
         options: CallOptions,
     ) -> DispatchResult:
         """Exchanges the counts, takes the memory they ask for, sends the rows."""
@@ -171,13 +181,13 @@ class HighThroughput:
         handle = replace(handle, seq=seq, num_rows=host.num_rows, host=host)
         problem = ""
         try:
-            memory = self._receive_memory(args, rows, handle, weights)
+            memory = self._receive_memory(args, inputs, handle)
         except EPDeviceError as error:  # every rank has to learn of it
             memory, problem = None, str(error)
         event = self._backend.send(
             seq,
             args,
-            keep=(rows, weights, handle, memory),
+            keep=(inputs, handle, memory),
             error=problem,
             options=options,
         )
@@ -286,11 +296,11 @@ class HighThroughput:
     def _receive_memory(
         self,
         args: DispatchArgs,
-        rows: checks.Rows,
+        inputs: _Inputs,
         handle: DispatchHandle,
-        weights: torch.Tensor | None,
     ) -> _Received:
         """Takes the memory for `handle.num_rows` rows and writes its offsets into `args`."""
+        rows, weights = inputs.rows, inputs.weights
         num_rows, num_topk = handle.num_rows, handle.num_topk
         by_rank = handle.layout is Layout.RANK_MAJOR
         allocate = self._backend.allocate

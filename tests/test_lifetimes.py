@@ -118,7 +118,7 @@ def on_rank_async(rank, backend, case):
     with cases.make_buffer(backend, case=case) as buffer:
         xs = [world.xs() for world in batches]
         ys = [world.ys() for world in batches]
-        started = []
+        started, litter = [], []
         for world, x in zip(batches, xs):
             # The caller keeps nothing: the buffer must keep the inputs until it has read them.
             result = buffer.dispatch(
@@ -130,6 +130,9 @@ def on_rank_async(rank, backend, case):
                 **case.dispatch_options,
             )
             started.append(result)
+            # Freed inputs would be overwritten by these.
+            sent = (x[rank], world.topk_idxs[rank], world.topk_weights[rank])
+            litter.append([torch.full_like(tensor, 3) for tensor in sent])
         combines = [
             buffer.combine(y[rank].clone(), result.handle, async_op=True)
             for y, result in zip(ys, started)
