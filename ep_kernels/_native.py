@@ -68,6 +68,7 @@ class Routing(Structure):
         ("expert_offsets", c_void_p),
         ("own_rows", c_void_p),
         ("recv_sizes", c_void_p),
+        ("rank_counts", c_void_p),
     ]
 
 

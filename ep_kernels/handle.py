@@ -38,12 +38,13 @@ class RoutingMemory:
 
     One int64 tensor holds, in this order: num_recv_tokens_per_expert [L], expert_offsets [L + 1],
     own_rows [G, 2] with G = L (EXPERT_MAJOR) or 1 (ranges of the received rows that this rank
-    itself sent), recv_sizes [3] (rows with padding, without, and dropped for capacity); then, as
-    int32, rows [T, K] (row of each choice on its rank) and routes [T, K] (its rank, and whether it
+    itself sent), recv_sizes [3] (rows with padding, without, and dropped for capacity),
+    rank_counts [R, R] (tokens of each source rank for each destination); then, as int32, rows [T, K] (row of each choice on its rank) and routes [T, K] (its rank, and whether it
     carries the row, see `csrc/core/routing.h`), both -1 where there is none.
     """
 
     words: torch.Tensor
+    num_ranks: int
     num_local_experts: int
     num_groups: int
     num_tokens: int
@@ -53,6 +54,7 @@ class RoutingMemory:
     def allocate(
         cls,
         *,
+        num_ranks: int,
         num_local_experts: int,
         num_groups: int,
         num_tokens: int,
@@ -62,9 +64,11 @@ class RoutingMemory:
         """Uninitialised: the call that fills it also does so when it fails."""
         import torch
 
-        num_words = 2 * num_local_experts + 4 + 2 * num_groups + num_tokens * num_topk
+        num_words = 2 * num_local_experts + 4 + 2 * num_groups + num_ranks**2
+        num_words += num_tokens * num_topk
         return cls(
             words=torch.empty(num_words, dtype=torch.int64, device=device),
+            num_ranks=num_ranks,
             num_local_experts=num_local_experts,
             num_groups=num_groups,
             num_tokens=num_tokens,
@@ -79,14 +83,19 @@ class RoutingMemory:
             "num_recv_tokens_per_expert": base,
             "expert_offsets": base + 8 * local,
             "own_rows": base + 8 * (2 * local + 1),
-            "recv_sizes": base + 8 * (self._rows_begin - 3),
+            "recv_sizes": base + 8 * self._sizes_begin,
+            "rank_counts": base + 8 * (self._sizes_begin + 3),
             "rows": rows,
             "routes": rows + 4 * self.num_tokens * self.num_topk,
         }
 
     @property
+    def _sizes_begin(self) -> int:
+        return 2 * self.num_local_experts + 1 + 2 * self.num_groups
+
+    @property
     def _rows_begin(self) -> int:
-        return 2 * self.num_local_experts + 4 + 2 * self.num_groups
+        return self._sizes_begin + 3 + self.num_ranks**2
 
     @property
     def num_recv_tokens_per_expert(self) -> torch.Tensor:
@@ -101,7 +110,13 @@ class RoutingMemory:
     @property
     def recv_sizes(self) -> torch.Tensor:
         """[3] int64."""
-        return self.words[self._rows_begin - 3 : self._rows_begin]
+        return self.words[self._sizes_begin : self._sizes_begin + 3]
+
+    @property
+    def rank_counts(self) -> torch.Tensor:
+        """[R, R] int64."""
+        counts = self.words[self._sizes_begin + 3 : self._rows_begin]
+        return counts.view(self.num_ranks, self.num_ranks)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -134,6 +149,13 @@ class DispatchHandle:
     def num_topk(self) -> int:
         """K."""
         return self.memory.num_topk
+
+    @property
+    def rank_counts(self) -> torch.Tensor:
+        """[R, R] int64 on the buffer's device: tokens of the rank of the row that have a choice on
+        the rank of the column, before a capacity cuts any off.
+        """
+        return self.memory.rank_counts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -254,6 +254,7 @@ class HighThroughput:
             checks.check_int("capacity", capacity, low=0, high=(1 << 31) - 1)
         num_local = self._num_local_experts
         memory = RoutingMemory.allocate(
+            num_ranks=self._num_ranks,
             num_local_experts=num_local,
             num_groups=num_local if layout is Layout.EXPERT_MAJOR else 1,
             num_tokens=num_tokens,

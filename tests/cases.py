@@ -129,6 +129,10 @@ class World:
             ys.append(y.masked_fill(rows.src_rank[:, None] < 0, float("nan")))
         return ys
 
+    def rank_counts(self):
+        layouts = [reference.get_dispatch_layout(idx, self.placement) for idx in self.topk_idxs]
+        return torch.stack([layout.num_tokens_per_rank for layout in layouts]).long()
+
     def recv_weights(self, dst):
         """topk_weights for combine, of rank `dst`: distinct values, NaN where nothing is served."""
         case, rows = self.case, self.rows[dst]
@@ -287,6 +291,7 @@ def check_round_trip(buffer, world, *, seed=0):
     xs = world.xs(seed)
     result = dispatch(buffer, world, xs)
     check_dispatch_result(result, world, xs)
+    assert_bitwise_equal(result.handle.rank_counts.cpu(), world.rank_counts(), name="rank_counts")
     other = world.xs(seed + 1)
     weights = None if world.topk_weights is None else world.topk_weights[world.rank]
     cached = buffer.dispatch(other[world.rank], topk_weights=weights, handle=result.handle)

@@ -37,6 +37,11 @@ class Handle:
     capacities: list[int | None]
     rows: list[spec.RecvRows]
 
+    @property
+    def rank_counts(self) -> torch.Tensor:
+        layouts = [spec.get_dispatch_layout(idx, self.buffer.placement) for idx in self.topk_idxs]
+        return torch.stack([layout.num_tokens_per_rank for layout in layouts]).long()
+
 
 @dataclass(frozen=True)
 class _FreshRouting:
@@ -91,17 +96,17 @@ class Buffer:
             checks.check_int("num_sms", self.num_sms, 1)
             checks.check(self.timeout_s > 0, f"timeout_s={timeout_s} is not positive")
             checks.check(self.device.type == "cpu", f"device={device}: only cpu is supported")
-            self._placement = spec.make_placement(num_experts, self.num_ranks, expert_to_rank)
+            self.placement = spec.make_placement(num_experts, self.num_ranks, expert_to_rank)
             fields = {
                 "num_experts": num_experts,
-                "expert_to_rank": self._placement.rank_of.tolist(),
+                "expert_to_rank": self.placement.rank_of.tolist(),
                 "device": self.device.type,
             }
         self._exchange("Buffer", fields, refusal.message)
 
     @property
     def local_experts(self) -> list[int]:
-        return self._placement.experts_of(self.rank)
+        return self.placement.experts_of(self.rank)
 
     @property
     def num_local_experts(self) -> int:
@@ -110,7 +115,7 @@ class Buffer:
     def get_dispatch_layout(self, topk_idx: torch.Tensor) -> DispatchLayout:
         self._check_alive()
         checks.check_topk_idx(topk_idx, None, self.num_experts)
-        return spec.get_dispatch_layout(topk_idx, self._placement)
+        return spec.get_dispatch_layout(topk_idx, self.placement)
 
     def dispatch(
         self,
@@ -147,7 +152,7 @@ class Buffer:
             [_unpacked(x) for x in xs],
             handle.topk_idxs,
             None if topk_weights is None else weights,
-            placement=self._placement,
+            placement=self.placement,
             rank=self.rank,
             layout=handle.layout,
             expert_alignment=handle.expert_alignment,
@@ -191,7 +196,7 @@ class Buffer:
             xs,
             handle.rows,
             handle.topk_idxs[self.rank],
-            placement=self._placement,
+            placement=self.placement,
             rank=self.rank,
             topk_weights=None if topk_weights is None else weights,
             bias=bias,
@@ -242,7 +247,7 @@ class Buffer:
         rows = [
             spec.recv_rows(
                 topk_idxs,
-                self._placement,
+                self.placement,
                 rank,
                 layout=layout,
                 expert_alignment=alignment,

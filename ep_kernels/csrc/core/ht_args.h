@@ -6,7 +6,7 @@ namespace ep {
 
 // Everything a high-throughput call reads and writes, the same for both backends. Fields are in
 // the order: inputs, routing, outputs, sizes. T tokens, K = num_topk, N received rows,
-// L local experts, G row groups (L in the expert-major layout, 1 in the rank-major one).
+// L local experts, G row groups (L in the expert-major layout, 1 in the rank-major one), R ranks.
 // The Python mirror of these structs is ep_kernels/_native.py; ep_abi_sizes() compares the two.
 
 /// Sizes of a call that dispatch and combine share.
@@ -31,8 +31,9 @@ struct HtRouting {
   int32_t* routes;          ///< [T, K] where each choice is served, see core/routing.h
   int64_t* num_recv_tokens_per_expert;  ///< [L] rows without padding
   int64_t* expert_offsets;              ///< [L + 1] first row of each group; expert-major only
-  int64_t* own_rows;    ///< [G, 2] half-open ranges of the rows that came from this rank itself
-  int64_t* recv_sizes;  ///< [3] rows with padding, rows without, rows dropped for capacity
+  int64_t* own_rows;     ///< [G, 2] half-open ranges of the rows that came from this rank itself
+  int64_t* recv_sizes;   ///< [3] rows with padding, rows without, rows dropped for capacity
+  int64_t* rank_counts;  ///< [R, R] tokens of rank s (row) that have a choice on rank d (column)
 };
 
 struct HtDispatchArgs {

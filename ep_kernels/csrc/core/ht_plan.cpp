@@ -132,6 +132,7 @@ void clear_routing(const Group& group, const HtSizes& sizes, const HtRouting& ro
   std::fill_n(routing.expert_offsets, num_local + 1, 0);
   std::fill_n(routing.own_rows, 2 * (is_expert_major(sizes) ? num_local : 1), 0);
   std::fill_n(routing.recv_sizes, 3, 0);
+  std::fill_n(routing.rank_counts, group.num_ranks * group.num_ranks, 0);
 }
 
 void plan_rows(const Group& group, const HtSizes& sizes, const CountMatrix& counts_of,
@@ -143,6 +144,8 @@ void plan_rows(const Group& group, const HtSizes& sizes, const CountMatrix& coun
   EP_CHECK_AGREED(num_rows < (int64_t{1} << 31), "rank ", group.rank, " would receive ", num_rows,
                   " rows; 2^31 is the limit");
   routing.recv_sizes[2] = count_overflow(group, sizes, routing, capacities[group.rank]);
+  for (int src = 0; src < group.num_ranks; ++src)
+    std::copy_n(counts_of[src], group.num_ranks, routing.rank_counts + src * group.num_ranks);
 
   std::vector<int64_t> last_token(group.num_ranks, -1);
   for (int64_t token = 0; token < sizes.num_tokens; ++token) {

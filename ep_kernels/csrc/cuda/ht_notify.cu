@@ -188,6 +188,15 @@ __device__ void sum_columns(const DeviceGroup& group, uint64_t seq, const Column
   __syncthreads();
 }
 
+/// All threads: who sends how many tokens to whom.
+__device__ void fill_rank_counts(const DeviceGroup& group, const HtDispatchArgs& args,
+                                 uint64_t seq) {
+  for (int i = threadIdx.x; i < group.num_ranks * group.num_ranks; i += blockDim.x) {
+    const int src = i / group.num_ranks, dst = i % group.num_ranks;
+    args.routing.rank_counts[i] = counts_of(post_of(group, seq, group.rank, src))[dst];
+  }
+}
+
 /// Inclusive sum over the lanes of a warp.
 __device__ int32_t scan_lanes(int32_t value, int lane) {
 #pragma unroll
@@ -235,6 +244,8 @@ __device__ void clear_receiver(const DeviceGroup& group, const HtDispatchArgs& a
   for (int i = threadIdx.x; i <= num_local; i += blockDim.x) args.routing.expert_offsets[i] = 0;
   for (int i = threadIdx.x; i < 2 * num_groups; i += blockDim.x) args.routing.own_rows[i] = 0;
   if (threadIdx.x < 3) args.routing.recv_sizes[threadIdx.x] = 0;
+  for (int i = threadIdx.x; i < group.num_ranks * group.num_ranks; i += blockDim.x)
+    args.routing.rank_counts[i] = 0;
   __syncthreads();
 }
 
@@ -321,6 +332,7 @@ __global__ void __launch_bounds__(kNotifyThreads)
   const int32_t* own_counts = scan_chunks(group, scratch, chunks);
   if (!exchange(group, args, post, own_counts, record)) return;
   sum_columns(group, group.state->num_calls, sums);
+  fill_rank_counts(group, args, group.state->num_calls);
   if (static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor)
     place_groups(group, args, sums);
   fill_receiver(group, args, sums, own_counts);
