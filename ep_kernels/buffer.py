@@ -101,7 +101,7 @@ class Buffer:
             num_local_experts=self.num_local_experts,
             num_sms=self.num_sms,
         )
-        self.id = register(self)  # names the buffer in operators, see ops.py
+        self.name = register(self)  # in operators, see ops.py
         _open_buffers.add(self)
 
     # Properties
@@ -225,6 +225,14 @@ class Buffer:
     def empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised tensor in this rank's pool; combine() reads it where it is."""
         return self._usable_backend().allocate(shape, dtype)
+
+    def restore_handle(self, words: torch.Tensor, call: torch.Tensor) -> DispatchHandle:
+        """The handle of a dispatch of this buffer from what DispatchHandle.to_tensors() gave.
+
+        Raises:
+            EPConfigError: the tensors do not fit together. Others than those cannot be told apart.
+        """
+        return self._usable().restore_handle(words, call)
 
     def barrier(self) -> None:
         """Returns once every rank has called it and all earlier calls have finished."""

@@ -39,8 +39,9 @@ class RoutingMemory:
     One int64 tensor holds, in this order: num_recv_tokens_per_expert [L], expert_offsets [L + 1],
     own_rows [G, 2] with G = L (EXPERT_MAJOR) or 1 (ranges of the received rows that this rank
     itself sent), recv_sizes [3] (rows with padding, without, and dropped for capacity),
-    rank_counts [R, R] (tokens of each source rank for each destination); then, as int32, rows [T, K] (row of each choice on its rank) and routes [T, K] (its rank, and whether it
-    carries the row, see `csrc/core/routing.h`), both -1 where there is none.
+    rank_counts [R, R] (tokens of each source rank for each destination); then, as int32,
+    rows [T, K] (row of each choice on its rank) and routes [T, K] (its rank, and whether it carries
+    the row, see `csrc/core/routing.h`), both -1 where there is none.
     """
 
     words: torch.Tensor
@@ -64,16 +65,23 @@ class RoutingMemory:
         """Uninitialised: the call that fills it also does so when it fails."""
         import torch
 
-        num_words = 2 * num_local_experts + 4 + 2 * num_groups + num_ranks**2
-        num_words += num_tokens * num_topk
-        return cls(
-            words=torch.empty(num_words, dtype=torch.int64, device=device),
-            num_ranks=num_ranks,
-            num_local_experts=num_local_experts,
-            num_groups=num_groups,
-            num_tokens=num_tokens,
-            num_topk=num_topk,
-        )
+        sizes = {
+            "num_ranks": num_ranks,
+            "num_local_experts": num_local_experts,
+            "num_groups": num_groups,
+            "num_tokens": num_tokens,
+            "num_topk": num_topk,
+        }
+        words = torch.empty(cls.num_words(**sizes), dtype=torch.int64, device=device)
+        return cls(words=words, **sizes)
+
+    @staticmethod
+    def num_words(
+        *, num_ranks: int, num_local_experts: int, num_groups: int, num_tokens: int, num_topk: int
+    ) -> int:
+        """Length of `words`."""
+        counts = 2 * num_local_experts + 4 + 2 * num_groups + num_ranks**2
+        return counts + num_tokens * num_topk
 
     def addresses(self) -> dict[str, int]:
         """Address of each part, by its name in `csrc/core/ht_args.h`."""
@@ -119,6 +127,10 @@ class RoutingMemory:
         return counts.view(self.num_ranks, self.num_ranks)
 
 
+NUM_CALL_FIELDS = 6
+"""Length of the second tensor of DispatchHandle.to_tensors()."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DispatchHandle:
     """The routing of one dispatch; opaque. combine() needs it, and dispatch() may reuse it.
@@ -149,6 +161,27 @@ class DispatchHandle:
     def num_topk(self) -> int:
         """K."""
         return self.memory.num_topk
+
+    def to_tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """For code that can only carry tensors; Buffer.restore_handle() is the way back.
+
+        Returns:
+            memory.words; and, on the CPU, [6] int64: seq, 1 if the layout is EXPERT_MAJOR,
+            expert_alignment, num_rows, num_tokens, num_topk.
+
+        Raises:
+            EPConfigError: the dispatch had no capacity.
+        """
+        import torch
+
+        from ep_kernels.config import Layout
+        from ep_kernels.errors import EPConfigError
+
+        if self.capacity is None:
+            raise EPConfigError("a handle of a dispatch without capacity is more than tensors")
+        is_by_expert = int(self.layout is Layout.EXPERT_MAJOR)
+        call = (self.seq, is_by_expert, self.expert_alignment, self.capacity)
+        return self.memory.words, torch.tensor([*call, self.num_tokens, self.num_topk])
 
     @property
     def rank_counts(self) -> torch.Tensor:

@@ -252,13 +252,8 @@ class HighThroughput:
         checks.check_int("expert_alignment", routing.expert_alignment, low=1, high=1 << 20)
         if capacity is not None:
             checks.check_int("capacity", capacity, low=0, high=(1 << 31) - 1)
-        num_local = self._num_local_experts
         memory = RoutingMemory.allocate(
-            num_ranks=self._num_ranks,
-            num_local_experts=num_local,
-            num_groups=num_local if layout is Layout.EXPERT_MAJOR else 1,
-            num_tokens=num_tokens,
-            num_topk=topk_idx.shape[1],
+            **self._routing_sizes(layout, num_tokens, topk_idx.shape[1]),
             device=self._backend.device,
         )
         return DispatchHandle(
@@ -270,6 +265,33 @@ class HighThroughput:
             num_rows=-1 if capacity is None else capacity,
             memory=memory,
         )
+
+    def restore_handle(self, words: torch.Tensor, call: torch.Tensor) -> DispatchHandle:
+        """See Buffer.restore_handle()."""
+        seq, is_by_expert, alignment, capacity, num_tokens, num_topk = call.tolist()
+        layout = Layout.EXPERT_MAJOR if is_by_expert else Layout.RANK_MAJOR
+        sizes = self._routing_sizes(layout, num_tokens, num_topk)
+        if words.shape != (RoutingMemory.num_words(**sizes),):
+            raise EPConfigError(f"words has shape {tuple(words.shape)}: not of a handle of {sizes}")
+        return DispatchHandle(
+            owner=self._identity,
+            seq=seq,
+            layout=layout,
+            expert_alignment=alignment,
+            capacity=capacity,
+            num_rows=capacity,
+            memory=RoutingMemory(words=words, **sizes),
+        )
+
+    def _routing_sizes(self, layout: Layout, num_tokens: int, num_topk: int) -> dict[str, int]:
+        num_local = self._num_local_experts
+        return {
+            "num_ranks": self._num_ranks,
+            "num_local_experts": num_local,
+            "num_groups": num_local if layout is Layout.EXPERT_MAJOR else 1,
+            "num_tokens": num_tokens,
+            "num_topk": num_topk,
+        }
 
     def _sizes(
         self,

@@ -1,4 +1,7 @@
-"""Buffers by number: operators of torch.library take tensors and numbers, and name a buffer so."""
+"""Buffers by name: operators of torch.library take tensors, numbers and strings, no objects.
+
+A string, since torch.compile takes a number that changes for a size.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +14,24 @@ from ep_kernels.errors import EPConfigError
 if TYPE_CHECKING:
     from ep_kernels.buffer import Buffer
 
-_buffers: weakref.WeakValueDictionary[int, Buffer] = weakref.WeakValueDictionary()
-_ids = itertools.count()
+_buffers: weakref.WeakValueDictionary[str, Buffer] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 
 
-def register(buffer: Buffer) -> int:
-    """A number for the buffer, never used again in this process. Does not keep it alive."""
-    buffer_id = next(_ids)
-    _buffers[buffer_id] = buffer
-    return buffer_id
+def register(buffer: Buffer) -> str:
+    """A name for the buffer, never used again in this process. Does not keep it alive."""
+    name = f"buffer{next(_numbers)}"
+    _buffers[name] = buffer
+    return name
 
 
-def find(buffer_id: int) -> Buffer:
-    """The buffer with that number.
+def find(name: str) -> Buffer:
+    """The buffer of that name.
 
     Raises:
         EPConfigError: there is none, or none any more.
     """
-    buffer = _buffers.get(buffer_id)
+    buffer = _buffers.get(name)
     if buffer is None:
-        raise EPConfigError(f"buffer_id={buffer_id}: no such buffer, or it is gone; keep it alive")
+        raise EPConfigError(f"buffer {name!r}: no such buffer, or it is gone; keep it alive")
     return buffer
