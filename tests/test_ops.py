@@ -90,13 +90,16 @@ def on_rank_gradients(rank, backend, layout, compiler):
 
 @DEVICES
 @LAYOUTS
-@pytest.mark.parametrize(
-    "compiler",
-    [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)],
-    ids=lambda compiler: compiler or "eager",
-)
+@pytest.mark.parametrize("compiler", [None, "aot_eager"], ids=["eager", "compiled"])
 def test_gradients_are_those_of_the_layer_without_a_transfer(ranks, backend, layout, compiler):
     ranks.run(on_rank_gradients, backend, layout, compiler, deadline_s=300)
+
+
+@DEVICES
+@LAYOUTS
+@pytest.mark.exhaustive
+def test_the_same_through_inductor(launch, backend, layout):
+    launch(on_rank_gradients, backend, layout, "inductor", num_ranks=2, deadline_s=300)
 
 
 def on_rank_overflow(rank, backend, layout):
