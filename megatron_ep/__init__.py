@@ -2,7 +2,7 @@
 
 register()               makes moe_token_dispatcher_type="deepep" known to Megatron-Core
 unregister()             takes that back
-configure()              options of the buffers that the dispatchers make
+configure()              options of layers and of the buffers that they make
 reset_buffers()          ends these buffers, before their process groups end
 DeepEPTokenDispatcher    the dispatcher
 dispatch, combine        the two transfers with gradients, without Megatron
@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_ep.autograd import combine, dispatch
-    from megatron_ep.buffers import BufferOptions, configure, reset_buffers
+    from megatron_ep.buffers import Options, configure, reset_buffers
     from megatron_ep.install import register, unregister
     from megatron_ep.token_dispatcher import DeepEPTokenDispatcher
 
 _MODULES = {
-    "BufferOptions": "buffers",
     "DeepEPTokenDispatcher": "token_dispatcher",
+    "Options": "buffers",
     "combine": "autograd",
     "configure": "buffers",
     "dispatch": "autograd",
@@ -33,8 +33,8 @@ _MODULES = {
 }
 
 __all__ = [
-    "BufferOptions",
     "DeepEPTokenDispatcher",
+    "Options",
     "combine",
     "configure",
     "dispatch",

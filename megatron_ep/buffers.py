@@ -1,6 +1,6 @@
 """The buffers behind the token dispatchers: one per process group, shared by all layers.
 
-configure()       what buffers made from now on are like
+configure()       what layers and buffers made from now on are like
 get_buffer()      the buffer of a group, made when first asked for
 reset_buffers()   ends all buffers, before their process groups end
 """
@@ -14,12 +14,17 @@ from typing import Any
 
 import torch
 
+from megatron_ep.overlap import check_num_chunks
+
 
 @dataclass(frozen=True, kw_only=True)
-class BufferOptions:
-    """Options of every buffer that get_buffer() makes; None is ep_kernels' own default.
+class Options:
+    """Options of layers, and of the buffers that get_buffer() makes, where None is ep_kernels' own
+    default.
 
     Attributes:
+        num_chunks: chunks of a micro-batch whose transfers overlap with the experts of others, see
+            overlap.py; 1 for none, "auto" for a choice by size.
         num_sms: worker threads (CPU) of each transfer.
         timeout_s: how long a rank waits for a silent peer.
         pool_bytes: limit of the memory for results on this rank.
@@ -27,38 +32,47 @@ class BufferOptions:
             ep_kernels.reference.Buffer.
     """
 
+    num_chunks: int | str = 1
     num_sms: int | None = None
     timeout_s: float | None = None
     pool_bytes: int | None = None
     buffer_class: Callable[..., Any] | None = None
 
 
-_options = BufferOptions()
+_options = Options()
 _buffers: dict[tuple[Any, int, str], Any] = {}
 
 
-def configure(**changes: Any) -> BufferOptions:
-    """Changes the options of buffers that are made from now on; the others stay as they are.
+def configure(**changes: Any) -> Options:
+    """Changes the options of layers and buffers that are made from now on.
 
     Args:
-        **changes: fields of BufferOptions.
+        **changes: fields of Options.
 
     Returns:
         The options before, so that `configure(**vars(before))` restores them.
 
     Raises:
         TypeError: an unknown option.
+        ValueError: a value that is none.
 
     Example:
         >>> before = configure(num_sms=4, timeout_s=120.0)
     """
     global _options
-    known = [field.name for field in fields(BufferOptions)]
+    known = [field.name for field in fields(Options)]
     for name in changes:
         if name not in known:
             raise TypeError(f"unknown option {name!r}; the options are {', '.join(known)}")
+    if "num_chunks" in changes:
+        check_num_chunks(changes["num_chunks"])
     before, _options = _options, replace(_options, **changes)
     return before
+
+
+def current_options() -> Options:
+    """What configure() has set."""
+    return _options
 
 
 def get_buffer(
@@ -81,6 +95,7 @@ def get_buffer(
     if key not in _buffers:
         options = {name: value for name, value in vars(_options).items() if value is not None}
         buffer_class = options.pop("buffer_class", None)
+        del options["num_chunks"]
         if buffer_class is None:
             from ep_kernels import Buffer as buffer_class
         _buffers[key] = buffer_class(

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from megatron_ep.buffers import current_options
+from megatron_ep.overlap import ChunkedExperts
 from megatron_ep.token_dispatcher import DeepEPTokenDispatcher, graphed_parts
 
 NAME = "deepep"
@@ -155,18 +157,24 @@ def _check_config(original: Callable[..., None], config: Any) -> None:
 def _build_moe_layer(
     original: Callable[..., None], layer: Any, config: Any, *args: Any, **kwargs: Any
 ) -> None:
-    """Of MoELayer.__init__: builds the stand-in's layer, with our dispatcher."""
+    """Of MoELayer.__init__: builds the stand-in's layer, with our dispatcher and, if the options
+    ask for chunks, our way through its steps.
+    """
     if config.moe_token_dispatcher_type != NAME:
-        return original(layer, config, *args, **kwargs)
+        original(layer, config, *args, **kwargs)
+        return
     from megatron.core.transformer.moe import moe_layer
 
     stand_in = moe_layer.MoEAlltoAllTokenDispatcher
     moe_layer.MoEAlltoAllTokenDispatcher = DeepEPTokenDispatcher
     try:
         with _standing_in(config):
-            return original(layer, config, *args, **kwargs)
+            original(layer, config, *args, **kwargs)
     finally:
         moe_layer.MoEAlltoAllTokenDispatcher = stand_in
+    num_chunks = current_options().num_chunks
+    if num_chunks != 1:
+        ChunkedExperts(layer, num_chunks).install()
 
 
 def _build_transformer_layer(

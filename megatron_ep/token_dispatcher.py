@@ -27,7 +27,7 @@ from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantizat
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.utils import get_pg_rank
 
-from ep_kernels import Layout
+from ep_kernels import DispatchResult, Layout
 from megatron_ep.autograd import combine, dispatch
 from megatron_ep.buffers import get_buffer
 from megatron_ep.routing import place_slices, slice_experts, to_topk_idx
@@ -77,7 +77,7 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         # Between the calls of one forward; nothing that carries gradients:
         self.topk_idx: torch.Tensor | None = None
         self._hidden_shape: Any = None
-        self._probs_dtype: Any = None
+        self.probs_dtype: Any = None
         self._tokens_per_expert: Any = None
         self._handle: Any = None
         self._event: Any = None
@@ -138,7 +138,7 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
             [T, H] tokens and [T, K] probabilities (fp32 or fp64). Both own their memory: the 1F1B
             schedule frees them after token_dispatch.
         """
-        self._hidden_shape, self._probs_dtype = hidden_states.shape, probs.dtype
+        self._hidden_shape, self.probs_dtype = hidden_states.shape, probs.dtype
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         if self.shared_experts is not None:
             # NOTE: of `tokens`, so that gradients add up in the same order as in alltoall.
@@ -161,19 +161,16 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
             [N, H] rows grouped by local expert and [N] probabilities.
         """
         sent: Any = dispatch(
-            self._buffer(hidden_states.device),
+            self.buffer(hidden_states.device),
             hidden_states,
-            self.topk_idx,
+            self.take_topk_idx(),
             probs,
             layout=Layout.EXPERT_MAJOR,
             expert_alignment=self.expert_alignment,
             async_op=self.shared_experts is not None,
         )
-        self.topk_idx = None
         self._handle, self._event = sent.handle, sent.event
-        self._tokens_per_expert = sent.num_recv_tokens_per_expert
-        if self.expert_alignment > 1:
-            self._tokens_per_expert = sent.expert_offsets.diff()
+        self._tokens_per_expert = self.tokens_per_expert(sent)
         return sent.recv_x, sent.recv_topk_weights
 
     def dispatch_postprocess(
@@ -187,7 +184,7 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
             self.shared_experts.linear_fc1_forward_and_act(hidden_states)
             self._event.current_stream_wait()
         tokens_per_expert, self._tokens_per_expert = self._tokens_per_expert, None
-        return hidden_states, tokens_per_expert, probs.to(self._probs_dtype)
+        return hidden_states, tokens_per_expert, probs.to(self.probs_dtype)
 
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Nothing to do: rows go back from where the experts left them."""
@@ -196,7 +193,7 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
     def token_combine(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Sends the experts' rows back: [N, H] -> [T, H], summed per token."""
         combined = combine(
-            self._buffer(hidden_states.device),
+            self.buffer(hidden_states.device),
             hidden_states.contiguous(),
             self._handle,
             async_op=self.shared_experts is not None,
@@ -209,14 +206,29 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         if self.shared_experts is not None:
             self.shared_experts.linear_fc2_forward(hidden_states)
             self.shared_experts.post_forward_comm()
-        self._event.current_stream_wait()
-        self._event = None
+        if self._event is not None:
+            self._event.current_stream_wait()
+            self._event = None
         output = hidden_states.view(self._hidden_shape)
         if self.shared_experts is not None:
             output = output + self.shared_experts.get_output()
         return output
 
-    def _buffer(self, device: torch.device) -> Any:
+    def take_topk_idx(self) -> torch.Tensor:
+        """The routing of the micro-batch whose dispatch_preprocess() came last, once."""
+        topk_idx, self.topk_idx = self.topk_idx, None
+        assert topk_idx is not None, "dispatch_preprocess() comes first"
+        return topk_idx
+
+    def tokens_per_expert(self, sent: DispatchResult) -> torch.Tensor:
+        """[L] int64: rows of each local expert, with padding."""
+        if self.expert_alignment > 1:
+            assert sent.expert_offsets is not None
+            return sent.expert_offsets.diff()
+        return sent.num_recv_tokens_per_expert
+
+    def buffer(self, device: torch.device) -> Any:
+        """The buffer of the group, which all layers share."""
         num_slices = self.num_experts * self.tp_size
         expert_to_rank = None
         if self.tp_size > 1:

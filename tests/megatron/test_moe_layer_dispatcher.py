@@ -7,7 +7,7 @@ import pytest
 import torch
 from moe_layers import Grid
 
-from megatron_ep import BufferOptions, configure, routing
+from megatron_ep import Options, configure, routing
 from megatron_ep.routing import place_slices, slice_experts, to_topk_idx
 
 GRIDS = [
@@ -90,7 +90,7 @@ def test_slices_of_an_expert_are_neighbours_in_number_and_rank():
 def test_configure_returns_the_options_before_and_names_unknown_ones():
     before = configure(num_sms=3, timeout_s=5.0)
     try:
-        assert configure() == BufferOptions(num_sms=3, timeout_s=5.0)
+        assert configure() == Options(num_sms=3, timeout_s=5.0)
         with pytest.raises(TypeError, match="'num_sm'.*num_sms"):
             configure(num_sm=3)
     finally:
