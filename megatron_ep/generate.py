@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     from megatron_ep.checkpoint import load_checkpoint
     from megatron_ep.model import build_model
-    from megatron_ep.tokenizer import make_tokenizer
+    from megatron_ep.tokenizer import make_tokenizer, model_vocab_size
 
     set_up_logging(logging.WARNING)
     ignore_known_warnings()
@@ -230,8 +230,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ranks = start_ranks(config)
         try:
             tokenizer = make_tokenizer(config.tokenizer)
+            vocab_size = model_vocab_size(config.tokenizer, tokenizer)
             chunks = build_model(
-                config, vocab_size=tokenizer.vocab_size, device=ranks.device, for_training=False
+                config, vocab_size=vocab_size, device=ranks.device, for_training=False
             )
             load_checkpoint(config, chunks)
             sampling = Sampling(

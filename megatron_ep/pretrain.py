@@ -31,14 +31,15 @@ def pretrain(config: Config, ranks: Ranks) -> bool:
     """
     from megatron_ep.data import build_datasets
     from megatron_ep.model import build_model
-    from megatron_ep.tokenizer import make_tokenizer
+    from megatron_ep.tokenizer import make_tokenizer, model_vocab_size
     from megatron_ep.training import Trainer, global_batch_size
 
     tokenizer = make_tokenizer(config.tokenizer)
     datasets = build_datasets(
         config, tokenizer, global_batch_size=global_batch_size(config, ranks.world_size)
     )
-    chunks = build_model(config, vocab_size=tokenizer.vocab_size, device=ranks.device)
+    vocab_size = model_vocab_size(config.tokenizer, tokenizer)
+    chunks = build_model(config, vocab_size=vocab_size, device=ranks.device)
     trainer = Trainer(config, ranks, chunks, datasets)
     _describe(config, ranks, trainer)
     return trainer.train()

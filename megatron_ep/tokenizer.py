@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_ep.config import ConfigError
 from megatron_ep.config.schema import TokenizerSection
 
 
@@ -129,6 +130,22 @@ def make_tokenizer(section: TokenizerSection) -> Tokenizer:
     if section.tokenizer_type == "byte":
         return ByteTokenizer()
     return HuggingFaceTokenizer(section.tokenizer_model or "", section.eod_token)
+
+
+def model_vocab_size(section: TokenizerSection, tokenizer: Tokenizer) -> int:
+    """Token ids that the model has room for, before padding.
+
+    Raises:
+        ConfigError: tokenizer.vocab_size is less than the tokenizer has.
+    """
+    if section.vocab_size is None:
+        return tokenizer.vocab_size
+    if section.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"tokenizer.vocab_size = {section.vocab_size} is less than the {tokenizer.vocab_size} "
+            "token ids of the tokenizer"
+        )
+    return section.vocab_size
 
 
 def padded_vocab_size(vocab_size: int, *, divisible_by: int, tensor_parallel_size: int) -> int:

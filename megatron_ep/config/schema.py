@@ -250,6 +250,8 @@ class TokenizerSection(Section):
     """Directory, tokenizer.json or hub name of a huggingface tokenizer."""
     eod_token: str | None = None
     """Token that ends documents; that of the tokenizer if not given."""
+    vocab_size: PositiveInt | None = None
+    """Token ids that the model has room for; those of the tokenizer if not given."""
 
 
 class CheckpointSection(Section):
@@ -307,6 +309,15 @@ class EPSection(Section):
     """Use ep_kernels.reference (plain PyTorch) in place of the compiled library."""
 
 
+class LaunchSection(Section):
+    """How the run is started; scripts/slurm asks for these nodes."""
+
+    num_nodes: PositiveInt = 1
+    """Number of nodes."""
+    ranks_per_node: PositiveInt | None = None
+    """Ranks on each node, one for each GPU; whatever torchrun starts if not given."""
+
+
 class Config(Section):
     """A training run; see the sections."""
 
@@ -321,6 +332,7 @@ class Config(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     logging: LoggingSection = LoggingSection()
     ep: EPSection = EPSection()
+    launch: LaunchSection = LaunchSection()
     transformer: dict[str, Any] = {}
     """Further fields of Megatron-Core's TransformerConfig."""
 

@@ -1,9 +1,10 @@
 """The first process of a simulated host: prepares its namespaces, then reaps processes.
 
-Usage: host_init.py NAME HOSTS_FILE. Runs in new namespaces of its own (see hosts.py), says "ready" on
-standard output, and ends when it is killed, which ends every process of the host.
+Usage: host_init.py NAME HOSTS_FILE. Runs in new namespaces of its own (see hosts.py), says "ready"
+on standard output, and ends when it is killed, which ends every process of the host.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ def main(name: str, hosts_file: str) -> None:
     subprocess.run(["mount", "--bind", hosts_file, "/etc/hosts"], check=True)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    print("ready", flush=True)
+    os.write(1, b"ready\n")
     while True:
         signal.pause()
 

@@ -126,12 +126,18 @@ def test_power_off_ends_every_process_of_the_host_and_no_other(make_network):
 
 def test_nothing_is_left_after_an_exception(make_network):
     earlier = host_processes()
-    with pytest.raises(ZeroDivisionError), hosts.Network(num_hosts=2) as network:
-        directory = network.directory
-        network.hosts[0].popen(["sleep", "1000"])
-        raise ZeroDivisionError
+    networks = []
+
+    def fail():
+        with hosts.Network(num_hosts=2) as network:
+            networks.append(network)
+            network.hosts[0].popen(["sleep", "1000"])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert host_processes() <= earlier
-    assert not directory.exists()
+    assert not networks[0].directory.exists()
 
 
 def test_hosts_end_with_a_test_program_that_is_killed(make_network):
