@@ -1,4 +1,4 @@
-"""A Buffer built from a real mpi4py communicator, under mpirun."""
+"""Buffers of mpi4py communicators, under mpirun; what the ranks do is in mpi_ranks.py."""
 
 import importlib.util
 import os
@@ -11,35 +11,54 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 
-PROGRAM = """
-import cases
-from mpi4py import MPI
+NUM_RANKS = 4
+CHECKS = [
+    "round_trips",
+    "torch_distributed_is_not_needed",
+    "parts_of_a_communicator",
+    "a_communicator_of_one_rank",
+    "ranks_that_disagree_all_learn_it",
+    "a_silent_rank_is_named",
+]
 
-import ep_kernels
-
-case = cases.Case(num_ranks=MPI.COMM_WORLD.Get_size())
-world = cases.World(case, MPI.COMM_WORLD.Get_rank())
-with cases.make_buffer("cpu", group=MPI.COMM_WORLD, case=case) as buffer:
-    cases.check_round_trip(buffer, world)
-print("right", flush=True)
-"""
-
-
-@pytest.mark.skipif(
+needs_mpi = pytest.mark.skipif(
     not (shutil.which("mpirun") and importlib.util.find_spec("mpi4py")),
     reason="needs mpirun and mpi4py",
 )
-def test_a_buffer_is_built_from_an_mpi4py_communicator():
-    options = ["--oversubscribe"]
-    if os.geteuid() == 0:
-        options.append("--allow-run-as-root")
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What every rank found in every check: all of them run under one mpirun."""
+    directory = tmp_path_factory.mktemp("mpi")
+    command = ["mpirun", "-n", str(NUM_RANKS)]
+    if _is_open_mpi():
+        command += ["--oversubscribe", "--bind-to", "none"]
+        command += ["--allow-run-as-root"] if os.geteuid() == 0 else []
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(TESTS.parent), str(TESTS)]))
     result = subprocess.run(
-        ["mpirun", *options, "-n", "2", sys.executable, "-c", PROGRAM],
+        [*command, sys.executable, str(TESTS / "mpi_ranks.py"), str(directory)],
         capture_output=True,
         text=True,
-        env=environment,
-        timeout=120,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        timeout=180,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("right") == 2
+    return {path.name: path.read_text() for path in directory.iterdir()}
+
+
+def _is_open_mpi():
+    version = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, check=True)
+    return "Open MPI" in version.stdout
+
+
+@needs_mpi
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_buffer_of_an_mpi_communicator(outcomes, check):
+    for rank in range(NUM_RANKS):
+        assert outcomes.get(f"{check}.{rank}") == "right"
+
+
+@needs_mpi
+def test_every_check_of_the_ranks_is_looked_at(outcomes):
+    assert {name.partition(".")[0] for name in outcomes} == set(CHECKS)

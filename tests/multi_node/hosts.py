@@ -84,8 +84,7 @@ class Host:
         A signal to the process reaches nsenter, which waits for the program: use power_off() or
         signal the process group (start_new_session=True).
         """
-        enter = ["nsenter", "--target", str(self.pid), *_NAMESPACES, "--"]
-        return subprocess.Popen([*enter, *map(str, command)], **options)
+        return subprocess.Popen([*self._enter(options), *map(str, command)], **options)
 
     def run(
         self, *command: str | Path, timeout: float = COMMAND_TIMEOUT_S, **options: Any
@@ -96,8 +95,7 @@ class Host:
             RuntimeError: it failed; the message has its output.
             subprocess.TimeoutExpired: it took longer than `timeout` seconds.
         """
-        enter = ["nsenter", "--target", str(self.pid), *_NAMESPACES, "--"]
-        return _run([*enter, *map(str, command)], timeout=timeout, **options)
+        return _run([*self._enter(options), *map(str, command)], timeout=timeout, **options)
 
     def link_bytes(self) -> LinkBytes:
         """What went over the link so far."""
@@ -107,6 +105,17 @@ class Host:
                 values = counters.split()
                 return LinkBytes(sent=int(values[8]), received=int(values[0]))
         raise RuntimeError(f"{self.name} has no {INTERFACE}")
+
+    def processes(self) -> dict[int, str]:
+        """Command lines of what runs on the host, by their process numbers outside of it."""
+        own = os.readlink(f"/proc/{self.pid}/ns/pid")
+        found = {}
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if os.readlink(path / "ns/pid") == own:
+                    words = (path / "cmdline").read_bytes().split(b"\0")
+                    found[int(path.name)] = b" ".join(words).decode(errors="replace").strip()
+        return found
 
     def unplug(self) -> None:
         """Takes the link down at the switch: packets are lost, nobody is told."""
@@ -122,6 +131,11 @@ class Host:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, 9)
         self._process.communicate(timeout=COMMAND_TIMEOUT_S)
+
+    def _enter(self, options: dict[str, Any]) -> list[str]:
+        """What precedes a command; with other mounts the working directory would be the root."""
+        directory = options.get("cwd") or os.getcwd()
+        return ["nsenter", "--target", str(self.pid), *_NAMESPACES, f"--wd={directory}", "--"]
 
     def _set_port(self, state: str) -> None:
         assert self.switch_port is not None

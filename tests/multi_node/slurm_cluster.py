@@ -147,8 +147,10 @@ class SlurmCluster:
         return done.stdout
 
     def submit(self, script: str | Path, *options: str, **settings: Any) -> int:
-        """Calls sbatch with options for it; returns the number of the job."""
-        return int(self.run("sbatch", "--parsable", *options, script, **settings).split(";")[0])
+        """Calls sbatch with options for it, and arguments for the script; returns the job."""
+        arguments = settings.pop("arguments", [])
+        output = self.run("sbatch", "--parsable", *options, script, *arguments, **settings)
+        return int(output.split(";")[0])
 
     def show(self, job: int) -> dict[str, str]:
         """What the controller knows of a job: JobState, Restarts, ExitCode and so on."""
@@ -168,6 +170,23 @@ class SlurmCluster:
                 return shown
             if time.monotonic() > deadline:
                 raise TimeoutError(f"job {job} is {shown['JobState']}, not {states}: {self.logs()}")
+            time.sleep(POLL_S)
+
+    def restart(self, job: int, *, restarts: int, timeout: float) -> None:
+        """Waits until the job is requeued for the given time, and spares it the wait in the queue.
+
+        SLURM lets a requeued job wait for two minutes.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            # NOTE: on its way back into the queue a job looks failed for a moment.
+            shown = self.show(job)
+            if int(shown["Restarts"]) >= restarts and shown["JobState"] == "RUNNING":
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"job {job} is {shown['JobState']}: {self.logs()}")
+            if shown["JobState"] == "PENDING" and shown["Reason"] == "BeginTime":
+                self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
             time.sleep(POLL_S)
 
     def logs(self) -> str:
