@@ -1,0 +1,195 @@
+"""Times one MoE layer of Megatron-Core, forward and backward, under several dispatchers.
+
+    torchrun --standalone --nproc-per-node 2 -m megatron_ep.bench
+
+All layers run in turn, again and again; a time is that of the slowest rank. `deepep/2` cuts the
+tokens into 2 chunks (see overlap.py). Every layer is first compared with the first one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ep_kernels.bench.timing import Stats, summarise, time_op
+
+PASSES = ("forward", "forward + backward")
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def make_layer(options: argparse.Namespace, dispatcher: str, num_chunks: int | str) -> Any:
+    """A MoE layer with the same weights whatever the dispatcher."""
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.spec_utils import build_module
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    import megatron_ep
+
+    megatron_ep.configure(num_chunks=num_chunks)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=options.hidden,
+        num_attention_heads=1,
+        num_moe_experts=options.experts,
+        moe_router_topk=options.topk,
+        moe_ffn_hidden_size=options.ffn_hidden,
+        moe_token_dispatcher_type=dispatcher,
+        moe_router_load_balancing_type="none",
+        expert_model_parallel_size=dist.get_world_size(),
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        bias_activation_fusion=False,
+        params_dtype=DTYPES[options.dtype],
+    )
+    model_parallel_cuda_manual_seed(options.seed, force_reset_rng=True)
+    spec = get_moe_module_spec(use_te=options.te, num_experts=options.experts)
+    layer = build_module(spec, config=config)
+    layer.set_layer_number(1)
+    return layer.to(DTYPES[options.dtype]).train()
+
+
+def make_passes(
+    layer: Any, hidden: torch.Tensor, grad: torch.Tensor
+) -> dict[str, Callable[[], Any]]:
+    """What is timed, by name."""
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad():
+            output: torch.Tensor = layer(hidden)[0]
+        return output
+
+    def both() -> torch.Tensor:
+        layer.zero_grad()
+        x = hidden.detach().requires_grad_()
+        layer(x)[0].backward(grad)
+        assert x.grad is not None
+        return x.grad
+
+    return dict(zip(PASSES, (forward, both), strict=True))
+
+
+def check_agreement(passes: dict[str, dict[str, Callable[[], Any]]]) -> None:
+    """Raises AssertionError unless all layers compute the same, up to rounding."""
+    first, *others = passes
+    for name in PASSES:
+        want = passes[first][name]().double()
+        for other in others:
+            got = passes[other][name]().double()
+            error = (got - want).norm() / want.norm()
+            assert error < 0.02, f"{name}: {other} differs from {first} by {error:.3g}"
+
+
+def measure(options: argparse.Namespace, variants: Sequence[str]) -> dict[str, dict[str, Stats]]:
+    """Stats of every pass of every variant."""
+    rank = dist.get_rank()
+    generator = torch.Generator().manual_seed(options.seed + rank)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    hidden, grad = (
+        torch.randn(options.tokens, 1, options.hidden, generator=generator).to(
+            device, DTYPES[options.dtype]
+        )
+        for _ in range(2)
+    )
+    passes = {
+        variant: make_passes(make_layer(options, *_parse_variant(variant)), hidden, grad)
+        for variant in variants
+    }
+    check_agreement(passes)
+    durations: dict[tuple[str, str], list[float]] = {}
+    for iteration in range(-options.warmup, options.iterations):
+        for variant in variants:
+            for name in PASSES:
+                seconds = time_op(passes[variant][name])
+                if iteration >= 0:
+                    durations.setdefault((variant, name), []).append(seconds)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, durations)
+    return {
+        variant: {name: summarise([each[variant, name] for each in gathered]) for name in PASSES}
+        for variant in variants
+    }
+
+
+def _parse_variant(text: str) -> tuple[str, int | str]:
+    """Example: "deepep/2" -> ("deepep", 2), "alltoall" -> ("alltoall", 1)."""
+    dispatcher, _, chunks = text.partition("/")
+    return dispatcher, int(chunks) if chunks.isdecimal() else chunks or 1
+
+
+def report(results: dict[str, dict[str, Stats]]) -> None:
+    """A table on standard output; ratios are to the first variant."""
+    first = next(iter(results))
+    sys.stdout.write(f"{'pass':20}{'dispatcher':14}{'median ms':>10}{'p95 ms':>10}{'speed':>8}\n")
+    for name in PASSES:
+        for variant, stats in results.items():
+            median, p95 = stats[name].median, stats[name].p95
+            ratio = results[first][name].median / median
+            times = f"{median * 1e3:10.2f}{p95 * 1e3:10.2f}{ratio:7.2f}x"
+            sys.stdout.write(f"{name:20}{variant:14}{times}\n")
+    for variant, stats in results.items():
+        line = {name: vars(stats[name]) for name in PASSES}
+        sys.stdout.write(json.dumps({"dispatcher": variant, **line}) + "\n")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_ep.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--tokens", type=int, default=2048, help="per rank (2048)")
+    parser.add_argument("--hidden", type=int, default=1024, help="(1024)")
+    parser.add_argument("--ffn-hidden", type=int, default=128, help="of an expert (128)")
+    parser.add_argument("--topk", type=int, default=8, help="(8)")
+    parser.add_argument("--experts", type=int, default=64, help="in total (64)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="(bf16)")
+    parser.add_argument("--te", action="store_true", help="Transformer Engine's grouped GEMM")
+    parser.add_argument("--iterations", type=int, default=10, help="(10)")
+    parser.add_argument("--warmup", type=int, default=2, help="(2)")
+    parser.add_argument("--seed", type=int, default=1234, help="(1234)")
+    parser.add_argument(
+        "--dispatchers",
+        nargs="+",
+        metavar="TYPE[/CHUNKS]",
+        default=["alltoall", "deepep", "deepep/2", "deepep/4"],
+        help="the first one is what the others are compared with",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command line on one rank; returns the exit status."""
+    options = parse(arguments)
+    import megatron_ep
+    from megatron_ep.cpu_compat import enable_cpu
+
+    enable_cpu()
+    from megatron.core import parallel_state
+
+    dist.init_process_group("gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+    parallel_state.initialize_model_parallel(
+        expert_model_parallel_size=dist.get_world_size(), create_gloo_process_groups=False
+    )
+    megatron_ep.register()
+    try:
+        results = measure(options, options.dispatchers)
+        if dist.get_rank() == 0:
+            report(results)
+    finally:
+        megatron_ep.reset_buffers()
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
