@@ -5,7 +5,7 @@ tensor factories, keeps streams and CUDA random states. `enable_cpu()` answers t
 without CUDA, so that models, data-parallel wrappers, optimizers, schedules and checkpoints run with
 gloo. Each function below is one such assumption. Three tools keep the changes narrow:
 
-    _answer_megatron    torch.cuda.f() returns something else when code of Megatron calls it; for
+    answer_megatron     torch.cuda.f() returns something else when code of Megatron calls it; for
                         every other caller it is as before
     _replace_constants  changes string constants of one function ("cuda" -> "cpu")
     plain assignment    of an attribute of Megatron's own
@@ -95,9 +95,9 @@ def _define_fused_names() -> None:
 
 def _use_cpu_as_current_device() -> None:
     """Tensors are made on torch.cuda.current_device() and moved with .cuda()."""
-    _answer_megatron(torch.cuda, "current_device", lambda: torch.device("cpu"))
-    _answer_megatron(torch.cuda, "synchronize", lambda *args, **kwargs: None)
-    _answer_megatron(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor)
+    answer_megatron(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    answer_megatron(torch.cuda, "synchronize", lambda *args, **kwargs: None)
+    answer_megatron(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor)
 
 
 def _use_cpu_in_factories() -> None:
@@ -167,9 +167,9 @@ def _use_cpu_generator() -> None:
     mcore_random._get_cuda_rng_state = get_state
     mcore_random._set_cuda_rng_state = set_state
     mcore_random.CudaRNGStatesTracker.fork = fork
-    _answer_megatron(torch.cuda, "get_rng_state", get_state)
-    _answer_megatron(torch.cuda, "set_rng_state", set_state)
-    _answer_megatron(torch.cuda, "manual_seed", torch.manual_seed)
+    answer_megatron(torch.cuda, "get_rng_state", get_state)
+    answer_megatron(torch.cuda, "set_rng_state", set_state)
+    answer_megatron(torch.cuda, "manual_seed", torch.manual_seed)
 
 
 class _NoStream:
@@ -187,17 +187,19 @@ class _NoStream:
         return True
 
 
+NO_STREAM = _NoStream()
+
+
 def _use_no_streams() -> None:
     """The alltoall dispatcher and overlapped shared experts make streams of their own."""
     from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-    no_stream = _NoStream()
-    SharedExpertMLP.stream = no_stream
-    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = no_stream
+    SharedExpertMLP.stream = NO_STREAM
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = NO_STREAM
     for name in ("current_stream", "default_stream"):
-        _answer_megatron(torch.cuda, name, lambda *args: no_stream)
-    _answer_megatron(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        answer_megatron(torch.cuda, name, lambda *args: NO_STREAM)
+    answer_megatron(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
 
 
 def _pass_splits_as_numpy() -> None:
@@ -231,14 +233,30 @@ def _run_fused_functions_eagerly() -> None:
                         setattr(owner, name, original)
 
 
-def _answer_megatron(owner: Any, name: str, answer: Callable[..., Any]) -> None:
-    """Makes owner.name() give `answer` to callers inside Megatron, and the usual to all others."""
+def answer_megatron(
+    owner: Any,
+    name: str,
+    answer: Callable[..., Any],
+    *,
+    callers: str | tuple[str, ...] = "megatron.",
+) -> None:
+    """Makes owner.name() give `answer` to callers inside Megatron, and the usual to all others.
+
+    Args:
+        owner: a module or a class.
+        name: of a function of it.
+        answer: called instead.
+        callers: modules whose names begin so, or with one of these, are the callers meant.
+    """
     original = getattr(owner, name)
 
     @functools.wraps(original)
     def by_caller(*args: Any, **kwargs: Any) -> Any:
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        chosen = answer if caller.startswith("megatron.") else original
+        frame: types.FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_globals is globals():  # another answer around this one
+            frame = frame.f_back
+        caller = frame.f_globals.get("__name__", "") if frame is not None else ""
+        chosen = answer if caller.startswith(callers) else original
         return chosen(*args, **kwargs)
 
     setattr(owner, name, by_caller)
@@ -253,7 +271,12 @@ def _replace_constants(module_name: str, qualified_name: str) -> None:
     except (ImportError, AttributeError):
         logging.getLogger(__name__).debug("no %s in %s", qualified_name, module_name)
         return
-    function = inspect.unwrap(getattr(function, "__func__", function))
+    use_cpu_constants(getattr(function, "__func__", function))
+
+
+def use_cpu_constants(function: Any) -> None:
+    """Replaces the CUDA names among the constants of a function, decorated or not."""
+    function = inspect.unwrap(function)
     function.__code__ = _convert_constant(function.__code__)
 
 
