@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 
 import cases
+import deep_ep_cases
 import pytest
 import torch
 import torch.distributed as dist
@@ -68,6 +69,11 @@ def check_ranks_that_disagree_all_learn_it(comm):
         ep_kernels.Buffer(comm, num_experts=num_experts, device="cpu")
     assert "12" in str(raised.value)
     assert "8" in str(raised.value)
+
+
+def check_a_communicator_instead_of_a_group(comm):
+    """In the interface of DeepEP: Buffer(comm=)."""
+    deep_ep_cases.round_trip_over(comm)
 
 
 def check_a_silent_rank_is_named(comm):

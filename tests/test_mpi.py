@@ -18,6 +18,7 @@ CHECKS = [
     "parts_of_a_communicator",
     "a_communicator_of_one_rank",
     "ranks_that_disagree_all_learn_it",
+    "a_communicator_instead_of_a_group",
     "a_silent_rank_is_named",
 ]
 
