@@ -66,12 +66,23 @@ def enable_cpu() -> bool:
 
 
 def _import_quietly() -> None:
-    """Imports Megatron-Core without its warnings about optional GPU packages."""
+    """Imports Megatron-Core without its warnings about optional GPU packages, and without the
+    compiler behind torch.compile: the functions that it marks run eagerly in any case.
+    """
+    original = torch.compile
+    setattr(torch, "compile", _leave_as_is)  # noqa: B010
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for name in ("models.gpt", "optimizer", "distributed", "pipeline_parallel"):
+                importlib.import_module(f"megatron.core.{name}")
+    finally:
+        setattr(torch, "compile", original)  # noqa: B010
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in ("models.gpt", "optimizer", "distributed", "pipeline_parallel"):
-            importlib.import_module(f"megatron.core.{name}")
+
+def _leave_as_is(function: Any = None, **options: Any) -> Any:
+    """In place of torch.compile, as a function or as a decorator with options."""
+    return (lambda given: given) if function is None else function
 
 
 def _define_fused_names() -> None:

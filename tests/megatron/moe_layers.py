@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,14 +99,22 @@ def megatron(grid: Grid, **buffer_options: Any) -> Iterator[None]:
 
 
 def import_megatron() -> None:
-    """Without the empty folder for compiled code that importing it leaves among temporary files."""
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
+    """Without an empty folder among temporary files, see remove_compiler_folder()."""
     from megatron_ep.cpu_compat import enable_cpu
 
     enable_cpu()
-    with contextlib.suppress(OSError):
-        os.rmdir(default_cache_dir())
+    remove_compiler_folder()
+
+
+def remove_compiler_folder() -> None:
+    """Removes the folder for compiled code that torch makes when its compiler is imported, which an
+    optimizer does; it is empty.
+    """
+    if "torch._inductor" in sys.modules:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        with contextlib.suppress(OSError):
+            os.rmdir(cache_dir())
 
 
 def _destroy_groups() -> None:
