@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megatron_ep.config.errors import ConfigError
 from megatron_ep.config.fields import DTYPES
 from megatron_ep.config.schema import Config
 
@@ -21,6 +22,9 @@ def transformer_config(config: Config, *, use_te: bool) -> Any:
     Args:
         config: the settings.
         use_te: whether the layers are Transformer Engine's.
+
+    Raises:
+        ConfigError: Megatron-Core refuses the combination of settings.
     """
     from megatron.core.transformer.transformer_config import (
         MLATransformerConfig,
@@ -51,7 +55,10 @@ def transformer_config(config: Config, *, use_te: bool) -> Any:
     }
     if config.parallelism.virtual_pipeline_model_parallel_size:
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-    return target(**settings | config.transformer)
+    try:
+        return target(**settings | config.transformer)
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"Megatron-Core refuses these settings: {error}") from error
 
 
 def uses_sequence_parallel(config: Config) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import typing
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_ep.config.errors import ConfigError, nearest
 from megatron_ep.config.fields import megatron_fields
@@ -45,7 +45,7 @@ def parse_flags(arguments: Sequence[str], *, program: str) -> tuple[str | None, 
         values are strings as given, to be converted by the schema.
 
     Raises:
-        ConfigError: an unknown flag; the message suggests the nearest.
+        ConfigError: an unknown flag, with the nearest known one, or a flag without its value.
     """
     parser = make_parser(program)
     known, unknown = parser.parse_known_args(list(arguments))
@@ -65,9 +65,16 @@ def parse_flags(arguments: Sequence[str], *, program: str) -> tuple[str | None, 
     return config, overrides
 
 
+class _Parser(argparse.ArgumentParser):
+    """Raises ConfigError, where argparse prints all flags and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
 def make_parser(program: str) -> argparse.ArgumentParser:
     """A parser of all flags; defaults are left to the schema."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=program,
         description="Values come from the YAML file; flags override it.",
         epilog="Any further field of Megatron-Core's TransformerConfig is a flag, too.",
@@ -132,11 +139,20 @@ def _annotation(section: str, key: str) -> Any:
 
 
 def _plain(value: Any, annotation: Any) -> Any:
-    """None for 'none'; the value of a list of one, where the key also takes a single value."""
-    if isinstance(value, list) and len(value) == 1:
-        single = any(not _is_list(part) for part in _parts(annotation) if part is not type(None))
-        return _plain(value[0], annotation) if single or value == ["none"] else value
-    return None if isinstance(value, str) and value.lower() in ("none", "null") else value
+    """The value of a list of one, where the key also takes a single value; None for 'none'."""
+    parts = _parts(annotation)
+    if not isinstance(value, list):
+        return None if _is_none(value, parts) else value
+    takes_one = any(not _is_list(part) for part in parts if part is not type(None))
+    if len(value) == 1 and (takes_one or _is_none(value[0], parts)):
+        return _plain(value[0], annotation)
+    return value
+
+
+def _is_none(value: Any, parts: list[Any]) -> bool:
+    """Whether it stands for None: that is allowed here, and 'none' is not one of the choices."""
+    has_choice = any("none" in _choices(part) for part in parts)
+    return type(None) in parts and not has_choice and str(value).lower() in ("none", "null")
 
 
 def _dashes(name: str) -> str:

@@ -17,8 +17,10 @@ class ConfigError(ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """' (did you mean ...?)' for a similar known name, or ''."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    """'; did you mean ...?' for a similar known name, or else one that contains this; or ''."""
+    names = list(known)
+    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    matches = matches or sorted((k for k in names if name in k and len(name) > 2), key=len)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
@@ -30,6 +32,8 @@ def unknown_key(section: str, key: str) -> str:
     for other, fields in classes.items():
         if key in fields.model_fields:
             return f"{section}.{key}: unknown key; did you mean {f'{other}.{key}'!r}?"
+    if key in megatron_fields():
+        return f"{section}.{key}: unknown key; did you mean {f'transformer.{key}'!r}?"
     own = list(classes[section].model_fields) if section in classes else []
     hint = nearest(key, own)
     if not hint:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_ep.config.schema import sections
+from megatron_ep.config.schema import refuse_bool, sections
 
 DTYPES = {
     "fp32": torch.float32,
@@ -78,6 +78,7 @@ def check_megatron_field(name: str, value: Any) -> Any:
         ValueError: the value has another type; the message says what was expected.
     """
     annotation = megatron_fields()[name]
+    refuse_bool(value, annotation)
     if annotation is torch.dtype or torch.dtype in typing.get_args(annotation):
         if value in DTYPES:
             return DTYPES[value]

@@ -35,10 +35,8 @@ def load_config(path: str | Path | None = None, overrides: dict[str, Any] | None
         2
     """
     origin = str(path) if path is not None else "configuration"
-    merged = _read(path) if path is not None else {}
-    for section, values in (overrides or {}).items():
-        merged[section] = {**(merged.get(section) or {}), **values}
-    return make_config(merged, origin=origin)
+    values = _read(path) if path is not None else {}
+    return make_config(_override(values, overrides or {}), origin=origin)
 
 
 def config_from_arguments(arguments: Sequence[str], *, program: str) -> Config:
@@ -87,11 +85,26 @@ def _yaml_value(value: Any) -> Any:
     return names.get(value, value) if value.__hash__ else value
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which PyYAML would take the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        known: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in known:
+                problem = f"the key {key.value!r} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            known.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: str | Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
     if values is None:
@@ -99,6 +112,20 @@ def _read(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections, got {type(values).__name__}")
     return values
+
+
+def _override(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """The values with overrides in their place, whichever of the open sections names a key."""
+    merged = dict(values)
+    for section, changes in overrides.items():
+        for other in _OPEN_SECTIONS:
+            content = merged.get(other)
+            if section in _OPEN_SECTIONS and isinstance(content, dict):
+                merged[other] = {key: v for key, v in content.items() if key not in changes}
+        content = merged.get(section)
+        if content is None or isinstance(content, dict):
+            merged[section] = {**(content or {}), **changes}
+    return merged
 
 
 def _split(
@@ -117,6 +144,8 @@ def _split(
                 own = section in sections() and key in sections()[section].model_fields
                 if own:
                     plain.setdefault(section, {})[key] = value
+                elif section in _OPEN_SECTIONS and key in extra:
+                    problems.append(f"{section}.{key}: stands in another section, too")
                 elif section in _OPEN_SECTIONS and key in megatron_fields():
                     extra[key] = value
                 else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from megatron_ep.config.schema import Config
@@ -106,6 +107,19 @@ def _moe_rules(config: Config) -> Iterator[str]:
             f"moe.num_experts = {moe.num_experts} is not divisible by moe_router_num_groups = "
             f"{moe.moe_router_num_groups}"
         )
+    if (moe.moe_router_group_topk or 0) > (moe.moe_router_num_groups or 0):
+        yield (
+            f"moe.moe_router_group_topk = {moe.moe_router_group_topk} is more than "
+            f"moe_router_num_groups = {moe.moe_router_num_groups}"
+        )
+    if moe.moe_pad_expert_input_to_capacity and moe.moe_expert_capacity_factor is None:
+        yield "moe.moe_pad_expert_input_to_capacity needs moe_expert_capacity_factor"
+    kinds, coeffs = moe.moe_router_load_balancing_type, moe.moe_aux_loss_coeff
+    if _length(kinds) != _length(coeffs):
+        yield (
+            f"moe.moe_aux_loss_coeff = {coeffs} has not one entry for each of "
+            f"moe_router_load_balancing_type = {kinds}"
+        )
     if isinstance(moe.moe_layer_freq, list) and len(moe.moe_layer_freq) != config.model.num_layers:
         yield (
             f"moe.moe_layer_freq has {len(moe.moe_layer_freq)} entries for "
@@ -113,6 +127,11 @@ def _moe_rules(config: Config) -> Iterator[str]:
         )
     if sizes.tensor_model_parallel_size > 1 and sizes.sequence_parallel is False:
         yield "parallelism.sequence_parallel must be on for experts with tensor parallelism"
+
+
+def _length(value: object) -> int | None:
+    """Of a list; None for a single value."""
+    return len(value) if isinstance(value, list) else None
 
 
 def _training_rules(config: Config) -> Iterator[str]:
@@ -132,6 +151,10 @@ def _training_rules(config: Config) -> Iterator[str]:
             yield "parallelism.overlap_param_gather needs use_distributed_optimizer"
         if not config.parallelism.overlap_grad_reduce:
             yield "parallelism.overlap_param_gather needs overlap_grad_reduce"
+    if config.parallelism.use_distributed_optimizer and optimizer.optimizer != "adam":
+        yield "parallelism.use_distributed_optimizer needs optimizer.optimizer = 'adam'"
+    if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?){0,2}", config.data.split):
+        yield f"data.split = {config.data.split!r} is not like '95,5,0': training, validation, test"
     is_huggingface = config.tokenizer.tokenizer_type == "huggingface"
     if is_huggingface and config.tokenizer.tokenizer_model is None:
         yield "tokenizer.tokenizer_type = 'huggingface' needs tokenizer_model"

@@ -7,17 +7,47 @@ Megatron-Core's TransformerConfig may stand in the sections model, parallelism o
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+)
+
+LoadBalancing = Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"]
+
+
+def refuse_bool(value: Any, annotation: Any) -> None:
+    """Raises ValueError for a boolean where none belongs.
+
+    NOTE: to Python a boolean is a number, and YAML reads yes, no, on and off as booleans.
+    """
+    if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+        raise ValueError(f"Input should not be a boolean, got {value}")
 
 
 class Section(BaseModel):
     """A section of a configuration file; unknown keys are errors."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_bool(cls, value: Any, info: ValidationInfo) -> Any:
+        refuse_bool(value, cls.model_fields[info.field_name or ""].annotation)
+        return value
 
 
 class ModelSection(Section):
@@ -111,8 +141,8 @@ class MoESection(Section):
     """Who moves tokens to their experts; deepep is ep_kernels."""
     moe_router_topk: PositiveInt = 2
     """Experts for each token."""
-    moe_router_load_balancing_type: str | list[str] = "aux_loss"
-    """aux_loss, seq_aux_loss, global_aux_loss, sinkhorn, none, or a list of these."""
+    moe_router_load_balancing_type: LoadBalancing | list[LoadBalancing] = "aux_loss"
+    """How tokens are spread over experts, or a list of losses, each with its coefficient."""
     moe_aux_loss_coeff: NonNegativeFloat | list[NonNegativeFloat] = 0.0
     """Weight of the load-balancing loss."""
     moe_z_loss_coeff: NonNegativeFloat | None = None
