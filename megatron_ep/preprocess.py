@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ep.config.schema import TokenizerSection
+from megatron_ep.cpu_compat import enable_cpu
+from megatron_ep.ranks import ignore_known_warnings, leave
 from megatron_ep.tokenizer import Tokenizer, make_tokenizer
 
 
@@ -33,7 +35,7 @@ class Summary:
     Attributes:
         documents: number of documents.
         tokens: number of tokens, end-of-document tokens among them.
-        skipped: files and lines without text.
+        skipped: files and lines without text, or passed over.
     """
 
     documents: int
@@ -62,25 +64,41 @@ def find_files(inputs: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
     return files
 
 
-def read_documents(path: Path, *, json_key: str) -> Iterator[str]:
-    """The documents of a file.
+def read_documents(
+    path: Path, *, json_key: str, skip_undecodable: bool = False
+) -> Iterator[str | None]:
+    """The documents of a file, byte for byte; a .jsonl file has one on each line.
+
+    Args:
+        path: the file.
+        json_key: where the text of a .jsonl line is.
+        skip_undecodable: give None for a text file or a line that is not UTF-8.
 
     Raises:
-        PreprocessError: a line of a .jsonl file is not JSON or has no text under the key; a text
-            file is not UTF-8.
+        PreprocessError: the file cannot be read; a line is not JSON or has no text under the key;
+            something is not UTF-8.
     """
     try:
         if path.suffix != ".jsonl":
-            yield path.read_text(encoding="utf-8")
+            yield _decode(path.read_bytes(), str(path), skip_undecodable=skip_undecodable)
             return
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _json_text(line, json_key, f"{path}:{number}")
-    except UnicodeDecodeError as error:
-        raise PreprocessError(f"{path}: not UTF-8 at byte {error.start}") from None
+                place = f"{path}:{number}"
+                text = _decode(line, place, skip_undecodable=skip_undecodable)
+                if text is None or text.strip():
+                    yield None if text is None else _json_text(text, json_key, place)
     except OSError as error:
         raise PreprocessError(f"{path}: {error.strerror}") from None
+
+
+def _decode(data: bytes, place: str, *, skip_undecodable: bool) -> str | None:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if skip_undecodable:
+            return None
+        raise PreprocessError(f"{place}: not UTF-8 at byte {error.start}") from None
 
 
 def _json_text(line: str, key: str, place: str) -> str:
@@ -92,6 +110,11 @@ def _json_text(line: str, key: str, place: str) -> str:
     if not isinstance(text, str):
         keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise PreprocessError(f"{place}: no text under {key!r} (there is: {keys})")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = f"\\u{ord(text[error.start]):04x}"
+        raise PreprocessError(f"{place}: half a surrogate pair, {found}") from None
     return text
 
 
@@ -113,7 +136,7 @@ def write_dataset(
         tokenizer: makes tokens of text.
         append_eod: end each document with the token for it.
         json_key: where the text of a .jsonl line is.
-        skip_undecodable: pass over files that are not UTF-8 instead of raising.
+        skip_undecodable: pass over text files and .jsonl lines that are not UTF-8.
         progress: show a progress bar.
 
     Raises:
@@ -129,20 +152,15 @@ def write_dataset(
     documents = tokens = skipped = 0
     try:
         for path in tqdm(list(files), unit="file", disable=not progress, desc=str(prefix)):
-            try:
-                for text in read_documents(path, json_key=json_key):
-                    ids = tokenizer.tokenize(text)
-                    if not ids:
-                        skipped += 1
-                        continue
-                    if append_eod:
-                        ids.append(tokenizer.eod)
-                    builder.add_document(np.array(ids), [len(ids)])
-                    documents, tokens = documents + 1, tokens + len(ids)
-            except PreprocessError as error:
-                if not (skip_undecodable and "not UTF-8" in str(error)):
-                    raise
-                skipped += 1
+            for text in read_documents(path, json_key=json_key, skip_undecodable=skip_undecodable):
+                ids = tokenizer.tokenize(text or "")
+                if not ids:
+                    skipped += 1
+                    continue
+                if append_eod:
+                    ids.append(tokenizer.eod)
+                builder.add_document(np.array(ids), [len(ids)])
+                documents, tokens = documents + 1, tokens + len(ids)
         if not documents:
             raise PreprocessError("the input contains no text")
         builder.finalize(partial_idx)
@@ -170,7 +188,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--tokenizer-model", help="tokenizer.json, directory or hub name, for huggingface")
     add("--eod-token", help="token that ends documents; that of the tokenizer if not given")
     add("--append-eod", action=argparse.BooleanOptionalAction, default=True)
-    add("--skip-undecodable", action="store_true", help="pass over files that are not UTF-8")
+    add("--skip-undecodable", action="store_true", help="pass over what is not UTF-8")
     add("--no-progress-bar", action="store_true")
     return parser
 
@@ -178,6 +196,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     options = make_parser().parse_args(arguments)
+    ignore_known_warnings()
+    enable_cpu()
     section = TokenizerSection(
         tokenizer_type=options.tokenizer_type,
         tokenizer_model=options.tokenizer_model,
@@ -193,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             skip_undecodable=options.skip_undecodable,
             progress=not options.no_progress_bar,
         )
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1
     print(  # noqa: T201
@@ -204,4 +224,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
