@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import queue
 import random
 import re
 import shutil
@@ -86,7 +87,7 @@ def save_checkpoint(
     state["scheduler"] = scheduler.state_dict()
     state["progress"] = dataclasses.asdict(progress)
     state["rng"] = _sharded_rng_state()
-    _do_without_psutil()
+    _simplify_writers()
     dist_checkpointing.save(state, str(partial), content_metadata=_metadata(config))
     _on_rank_0(lambda: _publish(config, partial, path, progress.iteration))
     return path
@@ -227,15 +228,19 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
 
 
-def _do_without_psutil() -> None:
-    """Megatron-Core's writer processes log their memory; without psutil they would fail silently.
+def _simplify_writers() -> None:
+    """Takes from Megatron-Core's writers what a save that is waited for does not need.
 
-    NOTE: the main process then waits for them for ever.
+    NOTE: they log their memory; without psutil they fail at that, and the main process waits for
+    ever. Their results would go through a server process, which outlives a rank that is killed and
+    cannot start where the path of TMPDIR is long.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     if not getattr(filesystem_async, "HAVE_PSUTIL", True):
         filesystem_async._process_memory = lambda: 0
+    if getattr(filesystem_async, "_results_queue", None) is None:
+        filesystem_async._results_queue = queue.SimpleQueue()
 
 
 def _on_rank_0(action: Any) -> None:

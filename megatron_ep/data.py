@@ -24,6 +24,8 @@ logger = logging.getLogger("megatron_ep")
 
 Batch = dict[str, torch.Tensor]
 
+_INDEX_HEADER = b"MMIDIDX\x00\x00"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Datasets:
@@ -86,7 +88,7 @@ def parse_blend(data_path: list[str]) -> tuple[list[str], list[float] | None]:
     """Prefixes and weights of a data path.
 
     Raises:
-        ConfigError: empty, a weight without prefix, or files that are not there.
+        ConfigError: empty, a weight without prefix, or files that are not there or of another kind.
 
     Example:
         >>> parse_blend(["0.3", "data/a", "0.7", "data/b"])  # when the files exist
@@ -107,6 +109,9 @@ def parse_blend(data_path: list[str]) -> tuple[list[str], list[float] | None]:
             if not Path(prefix + suffix).is_file():
                 hint = f" (write {prefix[:-4]!r})" if prefix.endswith((".bin", ".idx")) else ""
                 raise ConfigError(f"data.data_path: no file {prefix}{suffix}{hint}")
+        with Path(prefix + ".idx").open("rb") as index:
+            if index.read(len(_INDEX_HEADER)) != _INDEX_HEADER:
+                raise ConfigError(f"data.data_path: {prefix}.idx is no index of Megatron's data")
     return paths, weights
 
 

@@ -77,8 +77,12 @@ def prepare_for_loading(optimizer: Any) -> None:
     """Gives torch's optimizers the state that a checkpoint is loaded into.
 
     NOTE: without Transformer Engine, the distributed optimizer reads the step of every parameter
-    before it loads one, and so fails on an optimizer that has made no step.
+    before it loads one, and so fails on an optimizer that has made no step. For sgd Megatron-Core
+    has no function that makes the state, and calls it all the same.
     """
+    for part in _parts(optimizer):
+        if getattr(part, "init_state_fn", _make_no_state) is None:
+            part.init_state_fn = _make_no_state
     for inner in _torch_optimizers(optimizer):
         for group in inner.param_groups:
             for parameter in group["params"]:
@@ -87,6 +91,12 @@ def prepare_for_loading(optimizer: Any) -> None:
                     state["step"] = torch.tensor(0.0)
                     state["exp_avg"] = torch.zeros_like(parameter.data)
                     state["exp_avg_sq"] = torch.zeros_like(parameter.data)
+                elif not state and group.get("momentum"):
+                    state["momentum_buffer"] = torch.zeros_like(parameter.data)
+
+
+def _make_no_state(optimizer: Any, config: Any = None) -> None:
+    """The state is there."""
 
 
 def _tolerate_missing_step(part: Any) -> None:

@@ -15,6 +15,7 @@ from megatron_ep.config import Config, ConfigError, config_from_arguments
 from megatron_ep.ranks import (
     Ranks,
     ignore_known_warnings,
+    leave,
     set_up_logging,
     start_ranks,
     stop_ranks,
@@ -92,11 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             pretrain(config, ranks)
         finally:
             stop_ranks()
-    except ConfigError as error:
+    except (ConfigError, ImportError) as error:
         logger.error("error: %s", error)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,0 +1,61 @@
+"""A training that was interrupted ends exactly as one that was not: equal in every bit."""
+
+import pytest
+import single_rank
+import training_runs as runs
+
+
+def train(programs, corpus, output, *flags):
+    runs.check(runs.train(programs, corpus, output, *flags))
+    return runs.numbers(output)
+
+
+def test_a_run_that_stopped_goes_on_where_it_was(programs, corpus, tmp_path):
+    whole = train(programs, corpus, tmp_path / "whole")
+    half = train(programs, corpus, tmp_path / "halves", "--exit-interval", 4)
+    assert list(half) == [(1, "train"), (2, "train"), (3, "train"), (4, "train"), (4, "eval")]
+    assert train(programs, corpus, tmp_path / "halves") == whole
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "shared"),
+    [
+        ("deepep", "deepep", ["--use-distributed-optimizer"]),
+        ("alltoall", "deepep", []),
+    ],
+    ids=["distributed-optimizer", "from-alltoall-to-deepep"],
+)
+def test_a_checkpoint_from_the_middle_gives_the_same_end(
+    programs, corpus, tmp_path, before, after, shared
+):
+    whole = train(
+        programs,
+        corpus,
+        tmp_path / "whole",
+        *("--save-interval", 4, "--no-save-at-end"),
+        *("--moe-token-dispatcher-type", before, *shared),
+    )
+    end = train(
+        programs,
+        corpus,
+        tmp_path / "end",
+        *("--load", tmp_path / "whole", "--ckpt-step", 4, "--no-save-at-end"),
+        *("--moe-token-dispatcher-type", after, *shared),
+    )
+    assert end == {key: line for key, line in whole.items() if key[0] > 4}
+    assert len(end) == 5
+
+
+VARIANTS = {
+    "sgd": ["--optimizer", "sgd"],
+    "sgd-without-momentum": ["--optimizer", "sgd", "--sgd-momentum", "0"],
+    "bf16": ["--bf16", "--use-distributed-optimizer"],
+    "reshardable": ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"],
+    "expert-bias": ["--moe-router-enable-expert-bias", "--moe-router-score-function", "sigmoid"],
+    "accumulation": ["--global-batch-size", "6", "--log-interval", "2"],
+}
+
+
+def test_every_optimizer_and_router_resumes_exactly(on_one_rank, corpus, tmp_path):
+    wrong = on_one_rank(single_rank.compare_resumed, corpus, tmp_path, VARIANTS)
+    assert wrong == {}
