@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from megatron_ep.config import Config, ConfigError, check_world_size, load_confi
 from megatron_ep.config.build import uses_sequence_parallel
 from megatron_ep.config.cli import parse_flags
 from megatron_ep.model import unwrap
-from megatron_ep.ranks import ignore_known_warnings, set_up_logging, start_ranks, stop_ranks
+from megatron_ep.ranks import ignore_known_warnings, leave, set_up_logging, start_ranks, stop_ranks
 from megatron_ep.tokenizer import Tokenizer
 
 logger = logging.getLogger("megatron_ep")
@@ -40,6 +39,9 @@ class Sampling:
         top_k: choose among this many; 0 is all.
         top_p: choose among the likeliest tokens that have this probability together.
         seed: of the choice.
+
+    Raises:
+        ConfigError: a value out of range.
     """
 
     num_tokens: int = 200
@@ -47,6 +49,16 @@ class Sampling:
     top_k: int = 0
     top_p: float = 0.95
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, is_allowed, allowed in (
+            ("num_tokens", self.num_tokens >= 0, "at least 0"),
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+        ):
+            if not is_allowed:
+                raise ConfigError(f"{name}={getattr(self, name)} must be {allowed}")
 
 
 @torch.no_grad()
@@ -150,7 +162,8 @@ def config_of_checkpoint(load: str, step: int | None, overrides: dict[str, Any])
     iteration = step if step is not None else latest_iteration(load)
     path = checkpoint_path(load, iteration or 0) / "config.yaml"
     if iteration is None or not path.is_file():
-        raise ConfigError(f"no checkpoint in {load}")
+        of_step = f" of step {step}" if step is not None else ""
+        raise ConfigError(f"no checkpoint{of_step} in {load}")
     fixed = {
         "checkpoint": {"load": load, "save": None, "save_interval": None, "ckpt_step": iteration},
         "parallelism": {
@@ -225,6 +238,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ignore_known_warnings()
     options, rest = make_parser().parse_known_args(arguments)
     try:
+        sampling = Sampling(
+            num_tokens=options.num_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.sample_seed,
+        )
         _, overrides = parse_flags(rest, program="python -m megatron_ep.generate")
         config = config_of_checkpoint(options.load, options.ckpt_step, overrides)
         ranks = start_ranks(config)
@@ -235,13 +255,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 config, vocab_size=vocab_size, device=ranks.device, for_training=False
             )
             load_checkpoint(config, chunks)
-            sampling = Sampling(
-                num_tokens=options.num_tokens,
-                temperature=options.temperature,
-                top_k=options.top_k,
-                top_p=options.top_p,
-                seed=options.sample_seed,
-            )
             text = generate(
                 config, chunks, tokenizer, options.prompt, sampling, device=ranks.device
             )
@@ -256,4 +269,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -113,14 +113,17 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a metrics file.
 
     Raises:
-        ValueError: a line is not JSON; the message names it.
+        ValueError: a line is no report; the message names it.
     """
     records = []
     for number, line in enumerate(Path(path).read_text().splitlines(), 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number}: not JSON: {error}") from None
+        if not isinstance(record, dict) or not {"kind", "iteration"} <= record.keys():
+            raise ValueError(f"{path}:{number}: no report of a training run: {line[:60]}")
+        records.append(record)
     return records
 
 
