@@ -137,6 +137,7 @@ _SIGNATURES: Signatures = {
     "ep_refuse": (c_int32, [c_void_p, c_char_p, _ERROR]),
     "ep_op_is_finished": (c_int32, [c_void_p]),
     "ep_op_wait": (c_int32, [c_void_p, _ERROR]),
+    "ep_op_interval": (None, [c_void_p, c_void_p]),
     "ep_op_release": (None, [c_void_p]),
 }
 

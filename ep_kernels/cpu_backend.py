@@ -43,6 +43,11 @@ class _CpuOperation:
 
     make_current_stream_wait = wait
 
+    def interval(self) -> tuple[int, int]:
+        times = (ctypes.c_int64 * 2)()
+        self._library.ep_op_interval(self._op, times)
+        return times[0], times[1]
+
     def __del__(self) -> None:
         self._library.ep_op_release(self._op)
 

@@ -59,6 +59,9 @@ class CudaOperation:
     def make_current_stream_wait(self) -> None:
         self.backend.make_current_stream_wait(self.number)
 
+    def interval(self) -> None:
+        return None
+
 
 class CudaBackend:
     """One rank's end of the memory on the GPUs of a node.

@@ -16,6 +16,9 @@ class Operation(Protocol):
     def make_current_stream_wait(self) -> None:
         """Orders later work of the current stream behind the call."""
 
+    def interval(self) -> tuple[int, int] | None:
+        """When the finished call ran; None if the backend does not know."""
+
 
 class Event:
     """The end of one dispatch or combine.
@@ -31,6 +34,7 @@ class Event:
     def __init__(self, operation: Operation | None = None, keep: Any = None) -> None:
         self._operation = operation
         self._keep = keep  # tensors the call reads or writes
+        self._interval: tuple[int, int] | None = None
 
     @property
     def operation(self) -> Operation | None:
@@ -45,6 +49,7 @@ class Event:
         """
         if self._operation is not None:
             self._operation.wait()
+            self._interval = self._operation.interval()
             self._operation = self._keep = None
 
     def current_stream_wait(self) -> None:
@@ -55,6 +60,19 @@ class Event:
     def query(self) -> bool:
         """Whether the call has finished, with or without an error."""
         return self._operation is None or self._operation.is_finished()
+
+    def interval(self) -> tuple[int, int] | None:
+        """Waits for the call, then tells when its transfer ran.
+
+        Returns:
+            Begin and end in nanoseconds of time.monotonic_ns(); None for a call made without
+            `async_op`, which ran while it was called, and on GPUs.
+
+        Raises:
+            EPError: the error of the call.
+        """
+        self.wait()
+        return self._interval
 
     def __enter__(self) -> Event:
         return self

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron_ep.overlap import check_num_chunks
+from megatron_ep.trace import TracedBuffer, active_tracer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +99,11 @@ def get_buffer(
         del options["num_chunks"]
         if buffer_class is None:
             from ep_kernels import Buffer as buffer_class
-        _buffers[key] = buffer_class(
+        buffer = buffer_class(
             group, num_experts=num_experts, expert_to_rank=expert_to_rank, device=device, **options
         )
+        tracer = active_tracer()
+        _buffers[key] = TracedBuffer(buffer, tracer) if tracer else buffer
     return _buffers[key]
 
 

@@ -26,6 +26,7 @@ from typing import Any, Literal, get_args
 from megatron_ep.buffers import current_options
 from megatron_ep.overlap import ChunkedExperts
 from megatron_ep.token_dispatcher import DeepEPTokenDispatcher, graphed_parts
+from megatron_ep.trace import active_tracer
 
 NAME = "deepep"
 
@@ -175,6 +176,8 @@ def _build_moe_layer(
     num_chunks = current_options().num_chunks
     if num_chunks != 1:
         ChunkedExperts(layer, num_chunks).install()
+    if tracer := active_tracer():
+        tracer.watch_experts(layer.experts)
 
 
 def _build_transformer_layer(

@@ -141,4 +141,10 @@ int32_t ep_op_wait(const EpOp* op, EpError* error) {
   });
 }
 
+void ep_op_interval(const EpOp* op, int64_t interval_ns[2]) {
+  const ep::PendingOp::Interval interval = op->impl->interval();
+  interval_ns[0] = interval.begin_ns;
+  interval_ns[1] = interval.end_ns;
+}
+
 void ep_op_release(EpOp* op) { delete op; }

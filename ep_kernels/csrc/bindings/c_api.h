@@ -59,4 +59,6 @@ EP_API int32_t ep_refuse(EpBuffer* buffer, const char* reason, EpError* error);
 EP_API int32_t ep_op_is_finished(const EpOp* op);
 /// Waits, then reports the call's error.
 EP_API int32_t ep_op_wait(const EpOp* op, EpError* error);
+/// Begin and end of a finished call, in nanoseconds of the monotonic clock.
+EP_API void ep_op_interval(const EpOp* op, int64_t interval_ns[2]);
 EP_API void ep_op_release(EpOp* op);

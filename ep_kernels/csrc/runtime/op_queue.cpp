@@ -1,8 +1,19 @@
 #include "runtime/op_queue.h"
 
+#include <chrono>
+
 namespace ep {
+namespace {
+
+int64_t now_ns() {
+  const auto since_start = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(since_start).count();
+}
+
+}  // namespace
 
 void PendingOp::run() {
+  const int64_t begin_ns = now_ns();
   std::exception_ptr error;
   try {
     body_();
@@ -11,6 +22,7 @@ void PendingOp::run() {
   }
   std::lock_guard<std::mutex> lock(mutex_);
   error_ = error;
+  interval_ = {begin_ns, now_ns()};
   body_ = nullptr;
   is_finished_ = true;
   finished_.notify_all();
@@ -29,6 +41,11 @@ void PendingOp::wait() const {
 void PendingOp::rethrow() const {
   std::lock_guard<std::mutex> lock(mutex_);
   if (error_) std::rethrow_exception(error_);
+}
+
+PendingOp::Interval PendingOp::interval() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return interval_;
 }
 
 OpQueue::~OpQueue() {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <condition_variable>
+#include <cstdint>
 #include <deque>
 #include <exception>
 #include <functional>
@@ -13,6 +14,11 @@ namespace ep {
 /// One call on its way: runs once, then holds its error, if any.
 class PendingOp {
  public:
+  /// When the call ran, in nanoseconds of the monotonic clock.
+  struct Interval {
+    int64_t begin_ns = 0, end_ns = 0;
+  };
+
   explicit PendingOp(std::function<void()> body) : body_(std::move(body)) {}
 
   void run();
@@ -22,11 +28,15 @@ class PendingOp {
   /// Throws what the body threw. Only after it has finished.
   void rethrow() const;
 
+  /// Only after it has finished.
+  Interval interval() const;
+
  private:
   mutable std::mutex mutex_;
   mutable std::condition_variable finished_;
   std::function<void()> body_;
   std::exception_ptr error_;
+  Interval interval_;
   bool is_finished_ = false;
 };
 

@@ -1,0 +1,56 @@
+"""The timeline: what it records, what it writes, and what it says about overlap."""
+
+import json
+
+import moe_layers as layers
+import pytest
+from moe_layers import Case, Grid
+
+from megatron_ep import trace
+from megatron_ep.trace import EXPERTS, TRANSFERS, Span
+
+
+def on_rank_trace(rank, num_chunks):
+    case, grid = Case(seq_length=(64,)), Grid(ep=2)
+    tracer = trace.start_tracing()
+    try:
+        with layers.megatron(grid, num_chunks=num_chunks):
+            layer = layers.make_layer(case, grid, "deepep")
+            layers.run_layer(rank, layer, case)
+            with tracer.recording():
+                layers.run_layer(rank, layer, case)
+            layers.run_layer(rank, layer, case)
+            return tracer.spans()
+    finally:
+        trace.stop_tracing()
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3])
+def test_every_transfer_and_every_run_of_the_experts_is_recorded(ranks, num_chunks, tmp_path):
+    spans_of_ranks = ranks.run(on_rank_trace, num_chunks)
+    for spans in spans_of_ranks:
+        names = [(span.track, span.name) for span in spans]
+        for track, kinds in (
+            (TRANSFERS, ("dispatch", "combine")),
+            (EXPERTS, ("forward", "backward")),
+        ):
+            per_chunk = 2 if track == TRANSFERS else 1
+            for kind in kinds:
+                assert names.count((track, kind)) == per_chunk * num_chunks
+        assert all(span.begin_ns <= span.end_ns for span in spans)
+    path = tmp_path / "folder" / "trace.json"
+    trace.write_trace(path, spans_of_ranks)
+    events = json.loads(path.read_text())["traceEvents"]
+    drawn = [event for event in events if event["ph"] == "X"]
+    assert len(drawn) == sum(map(len, spans_of_ranks))
+    assert {event["pid"] for event in drawn} == {0, 1}
+    assert min(event["ts"] for event in drawn) == 0
+
+
+def test_hidden_fraction_of_transfers():
+    transfer, experts = Span(TRANSFERS, "dispatch", 0, 10), Span(EXPERTS, "forward", 4, 20)
+    assert trace.hidden_fraction([transfer, experts]) == 0.6
+    twice = [transfer, Span(TRANSFERS, "combine", 5, 20), experts, Span(EXPERTS, "forward", 6, 30)]
+    assert trace.hidden_fraction(twice) == 0.8
+    assert trace.hidden_fraction([transfer]) == 0
+    assert trace.hidden_fraction([experts]) is None
