@@ -11,6 +11,8 @@ from ep_kernels.config import Layout
 from ep_kernels.errors import EPConfigError, EPDeviceError, EPError, EPTimeoutError
 from ep_kernels.event import Event
 from ep_kernels.handle import CombineResult, DispatchHandle, DispatchLayout, DispatchResult
+from ep_kernels.lanes import ScaleoutStats
+from ep_kernels.topology import Topology
 from ep_kernels.version import __version__
 
 __all__ = [
@@ -25,5 +27,7 @@ __all__ = [
     "EPTimeoutError",
     "Event",
     "Layout",
+    "ScaleoutStats",
+    "Topology",
     "__version__",
 ]

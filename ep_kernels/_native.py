@@ -37,6 +37,7 @@ class Config(Structure):
         ("rank", c_int32),
         ("num_ranks", c_int32),
         ("num_experts", c_int32),
+        ("num_local_ranks", c_int32),
         ("expert_rank", c_void_p),
         ("pool_bytes", c_int64),
         ("timeout_us", c_int64),

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ep_kernels._native import CombineArgs, DispatchArgs
     from ep_kernels.event import Event
     from ep_kernels.handle import HostCounts, RoutingMemory
+    from ep_kernels.lanes import ScaleoutStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,8 @@ class Backend(Protocol):
     """One rank's memory and transfers on one kind of device.
 
     Methods that make a call are collective. They raise EPConfigError, EPDeviceError and
-    EPTimeoutError. `keep` is kept alive until the call is through.
+    EPTimeoutError. `memory` is the routing of the call, which a fresh dispatch fills. `keep` is
+    kept alive until the call is through.
     """
 
     device: torch.device
@@ -40,6 +42,9 @@ class Backend(Protocol):
     def pool_stats(self) -> dict[str, int]:
         """Ranges in use, bytes in use, most bytes that were in use."""
 
+    def scaleout_stats(self) -> ScaleoutStats:
+        """Bytes exchanged with other nodes."""
+
     def count_rows(self, topk_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows for each rank, then tokens for each expert [R + E] int32; [T, R] bool."""
 
@@ -52,14 +57,25 @@ class Backend(Protocol):
         """First half of a fresh dispatch: fills the routing; number of the call."""
 
     def send(
-        self, seq: int, args: DispatchArgs, *, keep: Any, error: str, options: CallOptions
+        self,
+        seq: int,
+        args: DispatchArgs,
+        memory: RoutingMemory,
+        *,
+        keep: Any,
+        error: str,
+        options: CallOptions,
     ) -> Event:
         """Second half. `error` says why this rank has no memory for its rows, or is empty."""
 
-    def dispatch(self, args: DispatchArgs, *, keep: Any, options: CallOptions) -> tuple[int, Event]:
+    def dispatch(
+        self, args: DispatchArgs, memory: RoutingMemory, *, keep: Any, options: CallOptions
+    ) -> tuple[int, Event]:
         """A dispatch whose memory is known: with a capacity or a cached handle."""
 
-    def combine(self, args: CombineArgs, *, keep: Any, options: CallOptions) -> Event:
+    def combine(
+        self, args: CombineArgs, memory: RoutingMemory, *, keep: Any, options: CallOptions
+    ) -> Event:
         """Sums rows."""
 
     def barrier(self) -> None:

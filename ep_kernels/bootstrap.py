@@ -40,14 +40,14 @@ class _TorchBootstrap:
         return values
 
 
-class _MpiBootstrap:
+class MpiBootstrap:
     def __init__(self, comm: Any) -> None:
-        self._comm = comm
+        self.comm = comm
         self.rank = comm.Get_rank()
         self.num_ranks = comm.Get_size()
 
     def all_gather(self, value: Any) -> list[Any]:
-        return list(self._comm.allgather(value))
+        return list(self.comm.allgather(value))
 
 
 def make_bootstrap(group: Any) -> Bootstrap:
@@ -57,7 +57,7 @@ def make_bootstrap(group: Any) -> Bootstrap:
         EPConfigError: `group` is neither, or this process is not in it.
     """
     if hasattr(group, "Get_rank") and hasattr(group, "allgather"):
-        return _MpiBootstrap(group)
+        return MpiBootstrap(group)
     if group is not None and not hasattr(group, "size"):
         raise EPConfigError(
             f"group={group!r} is neither a torch.distributed process group nor an mpi4py "

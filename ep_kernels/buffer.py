@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import atexit
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ep_kernels import env
 from ep_kernels.backend import Backend, CallOptions
 from ep_kernels.bootstrap import Bootstrap, make_bootstrap
-from ep_kernels.config import Layout, Settings, agree_on_settings
+from ep_kernels.config import ExpertToRank, Layout, Settings, agree_on_settings
 from ep_kernels.errors import EPConfigError
 from ep_kernels.event import Event
 from ep_kernels.handle import CombineResult, DispatchHandle, DispatchLayout, DispatchResult
 from ep_kernels.ht import HighThroughput, NewRouting
+from ep_kernels.lanes import ScaleoutStats
 from ep_kernels.registry import register
+from ep_kernels.topology import Topology, find_topology
 
 _open_buffers: weakref.WeakSet[Buffer] = weakref.WeakSet()
 
@@ -42,18 +44,22 @@ class Buffer:
         group: torch.distributed process group (None: the default one) or mpi4py communicator.
             Used here, to exchange a few objects, and never again.
         num_experts: E.
-        expert_to_rank: [E] rank of each expert; None places blocks of E / R experts in order.
-            The experts of a rank are numbered locally in ascending order.
+        expert_to_rank: [E] rank of each expert, or "linear" (also None): blocks of E / R experts in
+            order, or "round_robin": expert e on rank e mod R. The experts of a rank are numbered
+            locally in ascending order.
         device: where rows live: "cpu", "cuda" (the current device) or "cuda:N".
         pool_bytes: limit of the memory for results on this rank. None: on the CPU the machine's
             memory, taken when first used; on a GPU, where it is taken at once, an eighth of it.
         timeout_s: how long a rank waits for a silent peer. None: 60, or EP_KERNELS_TIMEOUT_S.
         num_sms: worker threads (CPU) or SMs (GPU) of this rank's transfers. None: the machine's
-            cores over R; on a GPU 16.
+            cores over the ranks of a node; on a GPU 16.
+        num_local_ranks: ranks per node; a token crosses the network once per node (see
+            docs/multi-node.md). None: those that run in one place, as found.
+        staging_bytes: limit of the memory for rows on their way between nodes. None: 32 MiB.
 
     Raises:
-        EPConfigError: an argument is wrong, or ranks disagree; on all ranks.
-        EPDeviceError: no shared memory.
+        EPConfigError: an argument is wrong, ranks disagree, or nodes are uneven; on all ranks.
+        EPDeviceError: no shared memory, or no connection between nodes.
 
     Example:
         >>> with Buffer(num_experts=8) as buffer:
@@ -67,11 +73,13 @@ class Buffer:
         group: Any = None,
         *,
         num_experts: int,
-        expert_to_rank: Sequence[int] | torch.Tensor | None = None,
+        expert_to_rank: ExpertToRank = None,
         device: str | torch.device = "cpu",
         pool_bytes: int | None = None,
         timeout_s: float | None = None,
         num_sms: int | None = None,
+        num_local_ranks: int | None = None,
+        staging_bytes: int | None = None,
     ) -> None:
         bootstrap = make_bootstrap(group)
         self._backend: Backend | None = None
@@ -86,14 +94,20 @@ class Buffer:
                 pool_bytes=pool_bytes,
                 timeout_s=timeout_s,
                 num_sms=num_sms,
+                num_local_ranks=num_local_ranks,
+                staging_bytes=staging_bytes,
             ),
         )
-        self.num_experts, self.num_sms = settings.num_experts, settings.num_sms
+        self.topology = find_topology(bootstrap, settings.num_local_ranks)
+        self.num_experts = settings.num_experts
+        self.num_sms = settings.num_sms or env.default_num_sms(
+            self.topology.num_local_ranks, is_cpu=settings.device == "cpu"
+        )
         self.timeout_s = settings.timeout_s
         self.local_experts = [
             expert for expert, rank in enumerate(settings.expert_to_rank) if rank == self.rank
         ]
-        self._backend = _make_backend(bootstrap, settings)
+        self._backend = _make_backend(bootstrap, settings, self.topology)
         self._calls = HighThroughput(
             self._backend,
             num_ranks=self.num_ranks,
@@ -119,6 +133,10 @@ class Buffer:
     def pool_stats(self) -> dict[str, int]:
         """Ranges in use, bytes in use and the most bytes that were in use, of this rank's pool."""
         return self._usable_backend().pool_stats()
+
+    def scaleout_stats(self) -> ScaleoutStats:
+        """Bytes that this rank exchanged with other nodes in finished calls; zeros on one node."""
+        return self._usable_backend().scaleout_stats()
 
     # Calls
 
@@ -153,7 +171,7 @@ class Buffer:
             x: [T, H] bfloat16, float16, float32 or float64, or a pair ([T, H] float8_e4m3fn,
                 [T, S] float32 or int32 scales). A row is a multiple of 16 bytes.
             topk_idx: [T, K] int64, global expert index, each at most once per token; -1 chooses
-                none. Must be None with a handle.
+                none. Must be None with a handle. K may differ between ranks in EXPERT_MAJOR only.
             topk_weights: [T, K] float32 or float64, travels with the rows.
             layout: RANK_MAJOR: one row per (token, destination rank), by source rank, then token.
                 EXPERT_MAJOR: one row per (token, local expert), by expert, source rank, token.
@@ -201,7 +219,9 @@ class Buffer:
         """Brings the rows of a dispatch back and sums them per token, unweighted.
 
         The sum is made in fp32 (fp64 for float64), from zero, RANK_MAJOR by ascending rank,
-        EXPERT_MAJOR by ascending position in topk_idx, then the biases; it is rounded once.
+        EXPERT_MAJOR by ascending position in topk_idx, then the biases; it is rounded once. With
+        several nodes each node's rows are summed and rounded so, then these sums by ascending
+        node, and the biases.
 
         Args:
             x: [N, H] bfloat16, float16, float32 or float64: a row for each row dispatched. A
@@ -267,11 +287,20 @@ class Buffer:
         return self._backend
 
 
-def _make_backend(bootstrap: Bootstrap, settings: Settings) -> Backend:
+def _make_backend(bootstrap: Bootstrap, settings: Settings, topology: Topology) -> Backend:
     if settings.device == "cpu":
+        if topology.num_nodes > 1:
+            from ep_kernels.hierarchical import HierarchicalBackend
+
+            return HierarchicalBackend(bootstrap, settings, topology)
         from ep_kernels.cpu_backend import CpuBackend
 
-        return CpuBackend(bootstrap, settings)
+        return CpuBackend(bootstrap, settings, topology)
+    if topology.num_nodes > 1:
+        raise EPConfigError(
+            f"device={settings.device!r}: the group spans {topology.num_nodes} nodes of "
+            f"{topology.num_local_ranks} ranks; GPUs of one node only are supported"
+        )
     from ep_kernels.cuda_backend import CudaBackend
 
     return CudaBackend(bootstrap, settings)

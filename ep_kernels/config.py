@@ -5,15 +5,19 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 from ep_kernels import env
 from ep_kernels.errors import EPConfigError
+from ep_kernels.topology import place_experts
 
 if TYPE_CHECKING:
     import torch
 
     from ep_kernels.bootstrap import Bootstrap
+
+
+DEFAULT_STAGING_BYTES = 32 << 20
 
 
 class Layout(enum.Enum):
@@ -27,10 +31,13 @@ class Layout(enum.Enum):
     then token. Group starts are multiples of `expert_alignment`."""
 
 
+ExpertToRank = Union[str, Sequence[int], "torch.Tensor", None]
+
+
 def make_expert_to_rank(
-    num_experts: int, expert_to_rank: Sequence[int] | torch.Tensor | None, num_ranks: int
+    num_experts: int, expert_to_rank: ExpertToRank, num_ranks: int
 ) -> tuple[int, ...]:
-    """[E] rank of each expert.
+    """[E] rank of each expert; None is "linear".
 
     Example: make_expert_to_rank(4, None, 2) == (0, 0, 1, 1).
 
@@ -39,13 +46,8 @@ def make_expert_to_rank(
     """
     if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 1:
         raise EPConfigError(f"num_experts={num_experts!r} is not a positive int")
-    if expert_to_rank is None:
-        if num_experts % num_ranks:
-            raise EPConfigError(
-                f"num_experts={num_experts} is not divisible by num_ranks={num_ranks}; give "
-                "expert_to_rank"
-            )
-        return tuple(expert // (num_experts // num_ranks) for expert in range(num_experts))
+    if expert_to_rank is None or isinstance(expert_to_rank, str):
+        return place_experts(expert_to_rank or "linear", num_experts, num_ranks)
     try:
         table = tuple(int(rank) for rank in expert_to_rank)
     except (TypeError, ValueError):
@@ -71,9 +73,12 @@ class Settings:
     device: str
     pool_bytes: int
     timeout_s: float
-    num_sms: int
+    num_sms: int | None
+    num_local_ranks: int | None
+    staging_bytes: int
 
-    LOCAL = ("timeout_s", "num_sms", "device")  # may differ between ranks, the kind of device not
+    # May differ between ranks; the kind of device may not.
+    LOCAL = ("timeout_s", "num_sms", "device", "staging_bytes")
 
     @classmethod
     def check(
@@ -81,15 +86,16 @@ class Settings:
         *,
         num_ranks: int,
         num_experts: int,
-        expert_to_rank: Sequence[int] | torch.Tensor | None,
+        expert_to_rank: ExpertToRank,
         device: str | torch.device,
         pool_bytes: int | None,
         timeout_s: float | None,
         num_sms: int | None,
+        num_local_ranks: int | None,
+        staging_bytes: int | None,
     ) -> Settings:
         """Fills defaults in. Raises EPConfigError naming the argument and its value."""
         name = _check_device(device)
-        is_cpu = name == "cpu"
         return cls(
             num_experts=num_experts,
             expert_to_rank=make_expert_to_rank(num_experts, expert_to_rank, num_ranks),
@@ -98,10 +104,22 @@ class Settings:
                 _positive("pool_bytes", pool_bytes, lambda: env.default_pool_bytes(name))
             ),
             timeout_s=_positive("timeout_s", timeout_s, env.default_timeout_s),
-            num_sms=int(
-                _positive("num_sms", num_sms, lambda: env.default_num_sms(num_ranks, is_cpu=is_cpu))
+            num_sms=None if num_sms is None else int(_positive("num_sms", num_sms)),
+            num_local_ranks=_check_num_local_ranks(num_local_ranks, num_ranks),
+            staging_bytes=int(
+                _positive("staging_bytes", staging_bytes, lambda: DEFAULT_STAGING_BYTES)
             ),
         )
+
+
+def _check_num_local_ranks(value: int | None, num_ranks: int) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise EPConfigError(f"num_local_ranks={value!r} is not a positive int")
+    if num_ranks % value:
+        raise EPConfigError(f"num_local_ranks={value} does not divide num_ranks={num_ranks}")
+    return value
 
 
 def _check_device(device: str | torch.device) -> str:
@@ -124,8 +142,8 @@ def _check_device(device: str | torch.device) -> str:
     return f"cuda:{index}"
 
 
-def _positive(name: str, value: float | None, default: Callable[[], float]) -> float:
-    if value is None:
+def _positive(name: str, value: float | None, default: Callable[[], float] | None = None) -> float:
+    if value is None and default is not None:
         return default()
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
         raise EPConfigError(f"{name}={value!r} is not a positive number")

@@ -14,9 +14,11 @@ from ep_kernels._native import CombineArgs, DispatchArgs
 from ep_kernels.backend import CallOptions
 from ep_kernels.bootstrap import Bootstrap
 from ep_kernels.config import Settings
-from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
+from ep_kernels.errors import EPDeviceError, EPError
 from ep_kernels.event import Event
 from ep_kernels.handle import HostCounts, RoutingMemory
+from ep_kernels.lanes import ScaleoutStats
+from ep_kernels.topology import Topology
 
 
 class _Block:
@@ -52,23 +54,16 @@ class _CpuOperation:
         self._library.ep_op_release(self._op)
 
 
-def _machine() -> str:
-    """Where processes can share memory: one boot of one machine, one PID namespace."""
-    with open("/proc/sys/kernel/random/boot_id") as boot_id:
-        return f"{boot_id.read().strip()} {os.readlink('/proc/self/ns/pid')}"
-
-
 class CpuBackend:
-    """One rank's end of the shared memory.
+    """One rank's end of the memory that the ranks of a node share.
 
     Raises:
-        EPConfigError: ranks run on different machines.
         EPDeviceError: shared memory cannot be made or mapped.
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, bootstrap: Bootstrap, settings: Settings) -> None:
+    def __init__(self, bootstrap: Bootstrap, settings: Settings, topology: Topology) -> None:
         self._library = _native.cpu_library()
         self._pid = os.getpid()
         self._pool_base = 0
@@ -79,19 +74,20 @@ class CpuBackend:
         problem: EPError | None = None
         fd = ctypes.c_int32(-1)
         try:
-            self._create(bootstrap, settings, fd)
+            self._create(topology, settings, fd)
         except EPError as error:
             problem = error
-        self._attach(bootstrap, fd.value, problem)
+        self._attach(bootstrap, topology, fd.value, problem)
         _, address, offset = self._allocate(1)  # any block tells where the pool begins
         self._pool_base = address - offset
 
-    def _create(self, bootstrap: Bootstrap, settings: Settings, fd: ctypes.c_int32) -> None:
+    def _create(self, topology: Topology, settings: Settings, fd: ctypes.c_int32) -> None:
         experts = (ctypes.c_int32 * settings.num_experts)(*settings.expert_to_rank)
         config = _native.Config(
-            rank=bootstrap.rank,
-            num_ranks=bootstrap.num_ranks,
+            rank=topology.rank,
+            num_ranks=topology.num_ranks,
             num_experts=settings.num_experts,
+            num_local_ranks=topology.num_local_ranks,
             expert_rank=ctypes.addressof(experts),
             pool_bytes=settings.pool_bytes,
             timeout_us=int(settings.timeout_s * 1e6),
@@ -105,20 +101,18 @@ class CpuBackend:
         )
         self._buffer = out.value
 
-    def _attach(self, bootstrap: Bootstrap, fd: int, problem: EPError | None) -> None:
-        """Maps the peers' memory; fails on all ranks if it fails on one."""
-        peers = bootstrap.all_gather((_machine(), self._pid, fd, str(problem or "")))
+    def _attach(
+        self, bootstrap: Bootstrap, topology: Topology, fd: int, problem: EPError | None
+    ) -> None:
+        """Maps the memory of the node's ranks; fails on all ranks if it fails on one."""
+        peers = bootstrap.all_gather((self._pid, fd, str(problem or "")))
         try:
-            for rank, (machine, _, _, message) in enumerate(peers):
+            for rank, (_, _, message) in enumerate(peers):
                 if message:
                     raise EPDeviceError(f"rank {rank} has no shared memory: {message}")
-                if machine != peers[0][0]:
-                    raise EPConfigError(
-                        f"group: ranks 0 and {rank} are on different machines or in different PID "
-                        f"namespaces ({peers[0][0]} and {machine}); the CPU backend needs one"
-                    )
-            pids = (ctypes.c_int64 * len(peers))(*(peer[1] for peer in peers))
-            fds = (ctypes.c_int32 * len(peers))(*(peer[2] for peer in peers))
+            local = [peers[rank] for rank in topology.local_ranks]
+            pids = (ctypes.c_int64 * len(local))(*(pid for pid, _, _ in local))
+            fds = (ctypes.c_int32 * len(local))(*(fd for _, fd, _ in local))
             _native.call(self._library.ep_buffer_attach, self._buffer, pids, fds)
         except EPError as error:
             problem = error
@@ -168,6 +162,9 @@ class CpuBackend:
         self._library.ep_pool_stats(self._buffer, stats)
         return {"num_live": stats[0], "used_bytes": stats[1], "peak_bytes": stats[2]}
 
+    def scaleout_stats(self) -> ScaleoutStats:
+        return ScaleoutStats()
+
     # Calls
 
     def poll(self) -> None:
@@ -192,7 +189,7 @@ class CpuBackend:
         self, args: DispatchArgs, memory: RoutingMemory, *, options: CallOptions
     ) -> tuple[int, HostCounts]:
         """Exchanges counts and fills the routing; returns the number of the call."""
-        _order_after(options)
+        order_after(options)
         seq = ctypes.c_uint64()
         _native.call(self._library.ep_notify, self._buffer, ctypes.byref(args), ctypes.byref(seq))
         return seq.value, HostCounts(
@@ -202,7 +199,14 @@ class CpuBackend:
         )
 
     def send(
-        self, seq: int, args: DispatchArgs, *, keep: Any, error: str, options: CallOptions
+        self,
+        seq: int,
+        args: DispatchArgs,
+        memory: RoutingMemory,
+        *,
+        keep: Any,
+        error: str,
+        options: CallOptions,
     ) -> Event:
         op = ctypes.c_void_p()
         _native.call(
@@ -216,9 +220,11 @@ class CpuBackend:
         )
         return self._event(op, keep, options)
 
-    def dispatch(self, args: DispatchArgs, *, keep: Any, options: CallOptions) -> tuple[int, Event]:
+    def dispatch(
+        self, args: DispatchArgs, memory: RoutingMemory, *, keep: Any, options: CallOptions
+    ) -> tuple[int, Event]:
         """A dispatch whose memory is known beforehand; returns its number and its event."""
-        _order_after(options)
+        order_after(options)
         seq, op = ctypes.c_uint64(), ctypes.c_void_p()
         _native.call(
             self._library.ep_dispatch,
@@ -230,8 +236,10 @@ class CpuBackend:
         )
         return seq.value, self._event(op, keep, options)
 
-    def combine(self, args: CombineArgs, *, keep: Any, options: CallOptions) -> Event:
-        _order_after(options)
+    def combine(
+        self, args: CombineArgs, memory: RoutingMemory, *, keep: Any, options: CallOptions
+    ) -> Event:
+        order_after(options)
         op = ctypes.c_void_p()
         _native.call(
             self._library.ep_combine,
@@ -268,7 +276,7 @@ class CpuBackend:
         self._pending.clear()
 
 
-def _order_after(options: CallOptions) -> None:
+def order_after(options: CallOptions) -> None:
     """Calls of one buffer run in order anyway; this is for the events of others."""
     if options.previous_event is not None:
         options.previous_event.wait()

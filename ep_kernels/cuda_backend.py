@@ -24,6 +24,7 @@ from ep_kernels.config import Settings
 from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
 from ep_kernels.event import Event
 from ep_kernels.handle import HostCounts, RoutingMemory
+from ep_kernels.lanes import ScaleoutStats
 
 
 class _Memory:
@@ -172,6 +173,9 @@ class CudaBackend:
         self._library.ep_cuda_pool_stats(self._buffer, stats)
         return {"num_live": stats[0], "used_bytes": stats[1], "peak_bytes": stats[2]}
 
+    def scaleout_stats(self) -> ScaleoutStats:
+        return ScaleoutStats()
+
     # Calls
 
     def poll(self) -> None:
@@ -222,7 +226,14 @@ class CudaBackend:
         )
 
     def send(
-        self, seq: int, args: DispatchArgs, *, keep: Any, error: str, options: CallOptions
+        self,
+        seq: int,
+        args: DispatchArgs,
+        memory: RoutingMemory,
+        *,
+        keep: Any,
+        error: str,
+        options: CallOptions,
     ) -> Event:
         _native.call(
             self._library.ep_cuda_send,
@@ -234,12 +245,16 @@ class CudaBackend:
         )
         return self._event(seq, keep)
 
-    def dispatch(self, args: DispatchArgs, *, keep: Any, options: CallOptions) -> tuple[int, Event]:
+    def dispatch(
+        self, args: DispatchArgs, memory: RoutingMemory, *, keep: Any, options: CallOptions
+    ) -> tuple[int, Event]:
         """A dispatch whose memory is known beforehand; returns its number and its event."""
         number = self._start(self._library.ep_cuda_dispatch, args, options)
         return number, self._event(number, keep)
 
-    def combine(self, args: CombineArgs, *, keep: Any, options: CallOptions) -> Event:
+    def combine(
+        self, args: CombineArgs, memory: RoutingMemory, *, keep: Any, options: CallOptions
+    ) -> Event:
         return self._event(self._start(self._library.ep_cuda_combine, args, options), keep)
 
     def barrier(self) -> None:

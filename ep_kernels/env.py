@@ -6,15 +6,25 @@ EP_KERNELS_NUM_THREADS  default of `Buffer(num_sms=)` on the CPU backend
 EP_KERNELS_NUM_SMS      the same on a GPU
 EP_KERNELS_POOL_BYTES   default of `Buffer(pool_bytes=)`
 EP_KERNELS_SIMD         scalar, avx2 or avx512: a slower path of the CPU core (read by the core)
+
+What torchrun, Open MPI and SLURM say about the launch is read, too: ranks of a node.
 """
 
 from __future__ import annotations
 
 import os
+import re
 
 from ep_kernels.errors import EPConfigError
 
 DEFAULT_TIMEOUT_S = 60.0
+
+# Ranks of this node, ranks in all
+LAUNCHERS = (
+    ("LOCAL_WORLD_SIZE", "WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_SIZE"),
+    ("SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NUM_TASKS"),
+)
 
 
 def _number(name: str, default: float) -> float:
@@ -33,12 +43,12 @@ def default_timeout_s() -> float:
     return _number("EP_KERNELS_TIMEOUT_S", DEFAULT_TIMEOUT_S)
 
 
-def default_num_sms(num_ranks: int, *, is_cpu: bool) -> int:
-    """Worker threads per rank: the usable cores, shared among the ranks. SMs on a GPU: 16."""
+def default_num_sms(num_local_ranks: int, *, is_cpu: bool) -> int:
+    """Worker threads per rank: the usable cores, shared by a node's ranks. SMs on a GPU: 16."""
     if not is_cpu:
         return int(_number("EP_KERNELS_NUM_SMS", 16))
     cores = len(os.sched_getaffinity(0))
-    return int(_number("EP_KERNELS_NUM_THREADS", max(1, cores // num_ranks)))
+    return int(_number("EP_KERNELS_NUM_THREADS", max(1, cores // num_local_ranks)))
 
 
 def default_pool_bytes(device: str) -> int:
@@ -50,3 +60,13 @@ def default_pool_bytes(device: str) -> int:
         return int(_number("EP_KERNELS_POOL_BYTES", torch.cuda.mem_get_info(device)[1] // 8))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(_number("EP_KERNELS_POOL_BYTES", memory))
+
+
+def launched_local_ranks(num_ranks: int) -> tuple[str, int] | None:
+    """(variable, ranks of this node) by the launcher that started exactly `num_ranks` ranks."""
+    for local_name, total_name in LAUNCHERS:
+        if os.environ.get(total_name) == str(num_ranks):
+            first = re.match(r"\d+", os.environ.get(local_name, ""))  # SLURM: "2(x3)"
+            if first:
+                return local_name, int(first[0])
+    return None

@@ -121,7 +121,7 @@ class HighThroughput:
         if memory is None:
             return self._dispatch_fresh(args, inputs, handle, options)
         keep = (inputs, handle, memory)
-        seq, event = self._backend.dispatch(args, keep=keep, options=options)
+        seq, event = self._backend.dispatch(args, handle.memory, keep=keep, options=options)
         if handle.seq < 0:
             handle = replace(handle, seq=seq)
         return _dispatch_result(handle, memory, event)
@@ -166,7 +166,7 @@ class HighThroughput:
             )
         args.out, args.out_topk_weights = out.data_ptr(), _address(out_weights)
         keep = (rows, weights, biases, handle, staged_x, staged_weights, out, out_weights)
-        event = self._backend.combine(args, keep=keep, options=options)
+        event = self._backend.combine(args, handle.memory, keep=keep, options=options)
         return CombineResult(x=out, topk_weights=out_weights, event=event)
 
     def _dispatch_fresh(
@@ -187,6 +187,7 @@ class HighThroughput:
         event = self._backend.send(
             seq,
             args,
+            handle.memory,
             keep=(inputs, handle, memory),
             error=problem,
             options=options,

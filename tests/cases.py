@@ -14,6 +14,7 @@ import torch.distributed as dist
 from host_view import HostView
 
 from ep_kernels import reference
+from ep_kernels.bootstrap import make_bootstrap
 from ep_kernels.config import Layout
 from ep_kernels.testing import assert_bitwise_equal, make_routing
 
@@ -30,6 +31,9 @@ DTYPES = {
 }
 
 SEED = 1234
+
+SMALL_STAGING_BYTES = 64 << 10
+"""So little that tens of tokens make several chunks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +171,8 @@ class World:
             **self.case.dispatch_options,
         )
 
-    def combine_result(self, ys, *, bias=None, topk_weights=None):
+    def combine_result(self, ys, *, buffer=None, bias=None, topk_weights=None):
+        """With a buffer: in the order of its nodes."""
         return reference.combine(
             ys,
             self.rows,
@@ -176,6 +181,7 @@ class World:
             rank=self.rank,
             bias=bias,
             topk_weights=topk_weights,
+            num_local_ranks=buffer and buffer.topology.num_local_ranks,
         )
 
 
@@ -213,7 +219,10 @@ def spread_values(num_rows, hidden, *, dtype, seed):
 
 
 def make_buffer(backend, *, group=None, case=None, **options):
-    """A Buffer of the backend called so, for the experts of a case."""
+    """A Buffer of the backend called so, for the experts of a case.
+
+    "nodes" is the CPU backend over logical nodes, of 2 ranks if that makes several, else of 1.
+    """
     if case is not None:
         options.setdefault("num_experts", case.num_experts)
         if case.placement is not None:
@@ -226,7 +235,11 @@ def make_buffer(backend, *, group=None, case=None, **options):
     if backend == "cuda":
         options.setdefault("device", f"cuda:{dist.get_rank() % torch.cuda.device_count()}")
         return HostView(ep_kernels.Buffer(group, **options))
-    buffer = ep_kernels.Buffer(group, device=backend, **options)
+    if backend == "nodes":
+        size = make_bootstrap(group).num_ranks
+        options.setdefault("num_local_ranks", 2 if size in (4, 6, 8) else 1)
+        options.setdefault("staging_bytes", SMALL_STAGING_BYTES)
+    buffer = ep_kernels.Buffer(group, device="cpu", **options)
     # New memory is zero, used memory is not: what has to be zero must not be so by luck.
     buffer.empty(2 << 20, dtype=torch.uint8).fill_(0x7F)
     return buffer
@@ -281,7 +294,7 @@ def check_combine(buffer, world, handle, *, seed=0, in_pool=False):
         topk_weights=None if weights is None else weights[rank],
         num_sms=case.num_sms,
     )
-    want = world.combine_result(ys, bias=bias, topk_weights=weights)
+    want = world.combine_result(ys, buffer=buffer, bias=bias, topk_weights=weights)
     assert_bitwise_equal(got, want, name="combine")
     return got
 

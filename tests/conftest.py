@@ -14,7 +14,7 @@ import torch
 
 from ep_kernels.testing import RankPool, RankServer, launch
 
-BACKENDS = ("reference", "cpu", *(["cuda"] if torch.cuda.is_available() else []))
+BACKENDS = ("reference", "cpu", "nodes", *(["cuda"] if torch.cuda.is_available() else []))
 
 
 def pytest_addoption(parser):

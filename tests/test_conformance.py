@@ -180,21 +180,25 @@ def test_the_number_of_workers_changes_no_bit(ranks, backend, layout, num_sms):
     ranks.run(cases.run_case, backend, case)
 
 
-@pytest.mark.parametrize("num_ranks", [8])
+@pytest.mark.parametrize("num_ranks", [6, 8])
 @LAYOUTS
 @pytest.mark.parametrize("routing", ["group_limited", "zipf", "masked"])
-def test_eight_ranks(ranks, backend, num_ranks, layout, routing):
-    case = Case(num_ranks=8, num_experts=32, num_topk=8, routing=routing, layout=layout)
+def test_many_ranks(ranks, backend, num_ranks, layout, routing):
+    num_experts = 4 * num_ranks
+    case = Case(
+        num_ranks=num_ranks, num_experts=num_experts, num_topk=8, routing=routing, layout=layout
+    )
     case = replace(case, expert_alignment=8 if layout is Layout.EXPERT_MAJOR else 1)
     ranks.run(cases.run_case, backend, case)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4], ids="R{}".format)
-def test_random_cases(ranks, num_ranks, is_exhaustive):
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6], ids="R{}".format)
+@pytest.mark.parametrize("backend", ["cpu", "nodes"])
+def test_random_cases(ranks, backend, num_ranks, is_exhaustive):
     num_cases = 100 * (10 if is_exhaustive else 1)
     seed = 99 + num_ranks
     batch = [random_case(random.Random(f"{seed} {i}"), num_ranks) for i in range(num_cases)]
-    ranks.run(cases.run_cases, "cpu", batch, deadline_s=10.0 + 0.5 * num_cases)
+    ranks.run(cases.run_cases, backend, batch, deadline_s=10.0 + 0.5 * num_cases)
 
 
 def random_case(rng, num_ranks):

@@ -53,10 +53,11 @@ class Program:
         self.worlds = [World(case, rank) for case in batches(num_ranks, seed)]
         self.xs = [world.xs() for world in self.worlds]
         self.ys = [world.ys() for world in self.worlds]
-        self.wanted = [
-            world.combine_result(ys, bias=world.bias()) for world, ys in zip(self.worlds, self.ys)
-        ]
         self.buffer = self.make_buffer()
+        self.wanted = [
+            world.combine_result(ys, buffer=self.buffer, bias=world.bias())
+            for world, ys in zip(self.worlds, self.ys)
+        ]
         self.handles, self.pending = {}, deque()
 
     def make_buffer(self):
@@ -172,6 +173,7 @@ def on_rank_program(rank, backend, num_ranks, seeds, num_steps):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8], ids="R{}".format)
-def test_random_programs_at_different_paces(ranks, num_ranks, is_exhaustive):
+@pytest.mark.parametrize("backend", ["cpu", "nodes"])
+def test_random_programs_at_different_paces(ranks, backend, num_ranks, is_exhaustive):
     seeds = range(40 if is_exhaustive else 3)
-    ranks.run(on_rank_program, "cpu", num_ranks, seeds, 150, deadline_s=40.0 * len(seeds))
+    ranks.run(on_rank_program, backend, num_ranks, seeds, 150, deadline_s=40.0 * len(seeds))

@@ -13,6 +13,7 @@ from ep_kernels.config import Layout
 from ep_kernels.errors import EPConfigError
 from ep_kernels.handle import CombineResult, DispatchLayout, DispatchResult
 from ep_kernels.reference import checks, spec
+from ep_kernels.topology import Topology
 
 Bias = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
 
@@ -67,7 +68,8 @@ class Buffer:
 
     Every call gathers the arguments of all ranks as Python objects and evaluates the functions of
     `reference.spec`. There is no pool, no timeout and nothing asynchronous:
-    `pool_bytes`, `timeout_s` and `num_sms` are accepted and have no effect, events are complete.
+    `pool_bytes`, `timeout_s`, `num_sms` and `staging_bytes` are accepted and have no effect, events
+    are complete. Nodes matter for the order of sums only; None for `num_local_ranks` is one node.
     """
 
     def __init__(
@@ -75,13 +77,15 @@ class Buffer:
         group: Any = None,
         *,
         num_experts: int,
-        expert_to_rank: torch.Tensor | Sequence[int] | None = None,
+        expert_to_rank: torch.Tensor | Sequence[int] | str | None = None,
         device: str | torch.device = "cpu",
         pool_bytes: int | None = None,
         timeout_s: float | None = None,
         num_sms: int | None = None,
+        num_local_ranks: int | None = None,
+        staging_bytes: int | None = None,
     ) -> None:
-        del pool_bytes
+        del pool_bytes, staging_bytes
         self._bootstrap = make_bootstrap(group)
         self.rank, self.num_ranks = self._bootstrap.rank, self._bootstrap.num_ranks
         self.num_experts = num_experts
@@ -97,11 +101,21 @@ class Buffer:
             checks.check(self.timeout_s > 0, f"timeout_s={timeout_s} is not positive")
             checks.check(self.device.type == "cpu", f"device={device}: only cpu is supported")
             self.placement = spec.make_placement(num_experts, self.num_ranks, expert_to_rank)
+            num_local_ranks = self.num_ranks if num_local_ranks is None else num_local_ranks
+            checks.check_int("num_local_ranks", num_local_ranks, 1)
+            checks.check(
+                self.num_ranks % num_local_ranks == 0,
+                f"num_local_ranks={num_local_ranks} does not divide num_ranks={self.num_ranks}",
+            )
             fields = {
                 "num_experts": num_experts,
                 "expert_to_rank": self.placement.rank_of.tolist(),
                 "device": self.device.type,
+                "num_local_ranks": num_local_ranks,
             }
+            self.topology = Topology(
+                rank=self.rank, num_ranks=self.num_ranks, num_local_ranks=num_local_ranks
+            )
         self._exchange("Buffer", fields, refusal.message)
 
     @property
@@ -200,6 +214,7 @@ class Buffer:
             rank=self.rank,
             topk_weights=None if topk_weights is None else weights,
             bias=bias,
+            num_local_ranks=self.topology.num_local_ranks,
         )
 
     def empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -314,7 +329,8 @@ def _routing_fields(routing: _FreshRouting, handle: Handle | None) -> dict[str, 
     return {
         "handle": None,
         "layout": routing.layout,
-        "num_topk": routing.topk_idx.shape[1],
+        # EXPERT_MAJOR rows serve one choice each, whatever the number of choices of their token.
+        "num_topk": None if routing.layout is Layout.EXPERT_MAJOR else routing.topk_idx.shape[1],
         "expert_alignment": routing.expert_alignment,
         "capacity given": routing.capacity is not None,
     }

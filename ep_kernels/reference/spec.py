@@ -22,6 +22,7 @@ from ep_kernels.config import Layout
 from ep_kernels.errors import EPConfigError
 from ep_kernels.event import Event
 from ep_kernels.handle import CombineResult, DispatchLayout, DispatchResult
+from ep_kernels.topology import place_experts
 
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 """Rows to send: [T, H], or a pair of fp8 rows [T, H] and their scales [T, S]."""
@@ -57,9 +58,10 @@ class Placement:
 def make_placement(
     num_experts: int,
     num_ranks: int,
-    expert_to_rank: torch.Tensor | Sequence[int] | None = None,
+    expert_to_rank: torch.Tensor | Sequence[int] | str | None = None,
 ) -> Placement:
-    """Linear blocks of E / R experts, or the explicit map `expert_to_rank` ([E] int64 or ints).
+    """Linear blocks of E / R experts ("linear" or None), expert e on rank e mod R ("round_robin"),
+    or the explicit map `expert_to_rank` ([E] int64 or ints).
 
     Raises:
         EPConfigError: E is not divisible by R, or the map has a wrong shape, dtype or rank.
@@ -70,13 +72,9 @@ def make_placement(
     """
     if num_experts < 1:
         raise EPConfigError(f"num_experts={num_experts} is not positive")
-    if expert_to_rank is None:
-        if num_experts % num_ranks:
-            raise EPConfigError(
-                f"num_experts={num_experts} is not divisible by num_ranks={num_ranks}: "
-                "pass expert_to_rank"
-            )
-        rank_of = torch.arange(num_experts) // (num_experts // num_ranks)
+    if expert_to_rank is None or isinstance(expert_to_rank, str):
+        placement = expert_to_rank or "linear"
+        rank_of = torch.tensor(place_experts(placement, num_experts, num_ranks))
     else:
         rank_of = torch.as_tensor(expert_to_rank).clone()
         _check_expert_to_rank(rank_of, num_experts, num_ranks)
@@ -246,6 +244,7 @@ def combine(
     rank: int,
     topk_weights: Sequence[torch.Tensor] | None = None,
     bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+    num_local_ranks: int | None = None,
 ) -> CombineResult:
     """What `rank` gets back for its tokens: xs[d] holds one row for each of rows[d].
 
@@ -253,6 +252,9 @@ def combine(
     destination rank (RANK_MAJOR) or by ascending position in topk_idx (EXPERT_MAJOR), then the
     bias; it is rounded to the dtype of x once, to nearest even. Every NaN becomes the canonical
     quiet NaN (bf16 0x7fc0, fp16 0x7e00, fp32 0x7fc00000).
+
+    With several nodes of `num_local_ranks` ranks, the rows of each node are summed like that,
+    without bias, and rounded; then these sums are added by ascending node, then the bias.
 
     Example, on rank 0, whose token 0 went to both ranks:
         >>> rows = [recv_rows(topk_idxs, placement, d) for d in range(2)]
@@ -264,20 +266,38 @@ def combine(
     dtype = xs[0].dtype
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     total = torch.zeros(len(topk_idx), xs[0].shape[1], dtype=accumulator)
-    is_ours = [part.src_rank == rank for part in rows]
-    addends = torch.cat([x[ours] for x, ours in zip(xs, is_ours)])
-    tokens = torch.cat([part.src_token[ours] for part, ours in zip(rows, is_ours)])
-    for is_next in _steps(rows, is_ours):
-        total[tokens[is_next]] += addends[is_next].to(accumulator)
+    num_local_ranks = num_local_ranks or len(rows)
+    if num_local_ranks == len(rows):
+        _add_rows(total, xs, rows, rank)
+    else:
+        for first in range(0, len(rows), num_local_ranks):
+            node = slice(first, first + num_local_ranks)
+            sums = torch.zeros_like(total)
+            _add_rows(sums, xs[node], rows[node], rank)
+            total += _rounded(sums, dtype).to(accumulator)
     for addend in bias if isinstance(bias, tuple) else [bias]:
         if addend is not None:
             total += addend.to(accumulator)
     weights = None
     if topk_weights is not None:
         weights = _returned_weights(topk_weights, rows, topk_idx, placement, rank)
+    return CombineResult(x=_rounded(total, dtype), topk_weights=weights, event=Event())
+
+
+def _add_rows(
+    total: torch.Tensor, xs: Sequence[torch.Tensor], rows: Sequence[RecvRows], rank: int
+) -> None:
+    """Adds the rows of some ranks to the tokens of `rank`, in order."""
+    is_ours = [part.src_rank == rank for part in rows]
+    addends = torch.cat([x[ours] for x, ours in zip(xs, is_ours)])
+    tokens = torch.cat([part.src_token[ours] for part, ours in zip(rows, is_ours)])
+    for is_next in _steps(rows, is_ours):
+        total[tokens[is_next]] += addends[is_next].to(total.dtype)
+
+
+def _rounded(total: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     # NOTE: torch's own casts turn NaNs into different ones for different tensor sizes.
-    rounded = total.to(dtype).masked_fill_(total.isnan(), float("nan"))
-    return CombineResult(x=rounded, topk_weights=weights, event=Event())
+    return total.to(dtype).masked_fill_(total.isnan(), float("nan"))
 
 
 def _entries(src_rank: int, is_chosen: torch.Tensor) -> torch.Tensor:

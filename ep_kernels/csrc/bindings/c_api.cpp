@@ -3,14 +3,9 @@
 #include <memory>
 #include <string>
 
+#include "bindings/handles.h"
 #include "core/check.h"
-#include "cpu/buffer.h"
 #include "cpu/reduce.h"
-
-struct EpBuffer {
-  explicit EpBuffer(const ep::cpu::Buffer::Config& config) : impl(config) {}
-  ep::cpu::Buffer impl;
-};
 
 struct EpBlock {
   std::shared_ptr<ep::cpu::Pool> pool;
@@ -48,8 +43,8 @@ const char* ep_simd_name() { return ep::cpu::simd_name(); }
 int32_t ep_buffer_create(const EpConfig* config, EpBuffer** buffer, int32_t* fd, EpError* error) {
   return guarded(error, [&] {
     ep::cpu::Buffer::Config created;
-    created.exchange = {config->rank, config->num_ranks, config->num_experts, config->pool_bytes,
-                        config->timeout_us};
+    created.exchange = {config->rank,       config->num_ranks,  config->num_experts,
+                        config->pool_bytes, config->timeout_us, config->num_local_ranks};
     created.expert_rank.assign(config->expert_rank, config->expert_rank + config->num_experts);
     *buffer = new EpBuffer(created);
     *fd = (*buffer)->impl.exchange().fd();

@@ -14,7 +14,7 @@ struct EpBlock;   // a range of a buffer's pool; may outlive the buffer
 struct EpOp;      // a call on its way
 
 struct EpConfig {
-  int32_t rank, num_ranks, num_experts;
+  int32_t rank, num_ranks, num_experts, num_local_ranks;
   const int32_t* expert_rank;  // [num_experts]
   int64_t pool_bytes;
   int64_t timeout_us;

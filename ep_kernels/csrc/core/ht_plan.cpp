@@ -27,63 +27,48 @@ void check_choice(const Group& group, const int64_t* choices, int64_t token, int
              " twice, at positions ", i, " and ", k);
 }
 
-/// Tokens of all ranks, and of the ranks before this one, for one column of the count matrix.
+/// Tokens of all ranks, and of the ranks before `src`, for one column of the count matrix.
 struct ColumnSum {
   int64_t before, total;
 };
 
-ColumnSum sum_column(const Group& group, const CountMatrix& counts_of, int column) {
+ColumnSum sum_column(const CountMatrix& counts_of, int src, int column) {
   ColumnSum sum{0, 0};
-  for (int src = 0; src < group.num_ranks; ++src) {
-    if (src == group.rank) sum.before = sum.total;
-    sum.total += counts_of[src][column];
+  for (int rank = 0; rank < static_cast<int>(counts_of.size()); ++rank) {
+    if (rank == src) sum.before = sum.total;
+    sum.total += counts_of[rank][column];
   }
   return sum;
 }
 
-/// Next row for each column (destination rank, or expert) of this rank's own rows; also this
-/// rank's side as a receiver: sizes, group starts, ranges of its own rows.
-std::vector<int64_t> rank_major_bases(const Group& group, const CountMatrix& counts_of,
-                                      const HtRouting& routing) {
-  std::vector<int64_t> next(group.num_ranks);
-  for (int dst = 0; dst < group.num_ranks; ++dst) {
-    const ColumnSum sum = sum_column(group, counts_of, dst);
-    next[dst] = sum.before;
-    if (dst != group.rank) continue;
-    routing.recv_sizes[0] = routing.recv_sizes[1] = sum.total;
-    routing.own_rows[0] = sum.before;
-    routing.own_rows[1] = sum.before + counts_of[group.rank][dst];
-  }
+void receive_by_rank(const Group& group, const CountMatrix& counts_of, const HtRouting& routing) {
+  const ColumnSum sum = sum_column(counts_of, group.rank, group.rank);
+  routing.recv_sizes[0] = routing.recv_sizes[1] = sum.total;
+  routing.own_rows[0] = sum.before;
+  routing.own_rows[1] = sum.before + counts_of[group.rank][group.rank];
   for (int expert = 0; expert < group.num_experts; ++expert)
     if (group.placement.rank_of[expert] == group.rank)
       routing.num_recv_tokens_per_expert[group.placement.local_of[expert]] =
-          sum_column(group, counts_of, group.num_ranks + expert).total;
-  return next;
+          sum_column(counts_of, group.rank, group.num_ranks + expert).total;
 }
 
-std::vector<int64_t> expert_major_bases(const Group& group, const HtSizes& sizes,
-                                        const CountMatrix& counts_of, const HtRouting& routing) {
-  std::vector<int64_t> next(group.num_experts), group_end(group.num_ranks, 0);
-  int64_t num_real_rows = 0;
+void receive_by_expert(const Group& group, const HtSizes& sizes, const CountMatrix& counts_of,
+                       const HtRouting& routing) {
+  int64_t begin = 0, num_real_rows = 0;
   for (int expert = 0; expert < group.num_experts; ++expert) {
-    const int dst = group.placement.rank_of[expert];
-    const ColumnSum sum = sum_column(group, counts_of, group.num_ranks + expert);
-    const int64_t begin = group_end[dst];
-    next[expert] = begin + sum.before;
-    group_end[dst] = begin + align_up(sum.total, int64_t{sizes.expert_alignment});
-    if (dst != group.rank) continue;
-    const int local = group.placement.local_of[expert];
+    if (group.placement.rank_of[expert] != group.rank) continue;
+    const int local = group.placement.local_of[expert], column = group.num_ranks + expert;
+    const ColumnSum sum = sum_column(counts_of, group.rank, column);
     routing.num_recv_tokens_per_expert[local] = sum.total;
+    routing.own_rows[2 * local] = begin + sum.before;
+    routing.own_rows[2 * local + 1] = begin + sum.before + counts_of[group.rank][column];
     routing.expert_offsets[local] = begin;
-    routing.expert_offsets[local + 1] = group_end[dst];
-    routing.own_rows[2 * local] = next[expert];
-    routing.own_rows[2 * local + 1] =
-        next[expert] + counts_of[group.rank][group.num_ranks + expert];
+    begin += align_up(sum.total, int64_t{sizes.expert_alignment});
+    routing.expert_offsets[local + 1] = begin;
     num_real_rows += sum.total;
   }
-  routing.recv_sizes[0] = group_end[group.rank];
+  routing.recv_sizes[0] = begin;
   routing.recv_sizes[1] = num_real_rows;
-  return next;
 }
 
 /// Rows that arrive for this rank but lie past its capacity.
@@ -135,27 +120,52 @@ void clear_routing(const Group& group, const HtSizes& sizes, const HtRouting& ro
   std::fill_n(routing.rank_counts, group.num_ranks * group.num_ranks, 0);
 }
 
-void plan_rows(const Group& group, const HtSizes& sizes, const CountMatrix& counts_of,
-               const int64_t* capacities, const HtRouting& routing) {
-  const bool by_expert = is_expert_major(sizes);
-  std::vector<int64_t> next = by_expert ? expert_major_bases(group, sizes, counts_of, routing)
-                                        : rank_major_bases(group, counts_of, routing);
+void plan_receive(const Group& group, const HtSizes& sizes, const CountMatrix& counts_of,
+                  int64_t capacity, const HtRouting& routing) {
+  if (is_expert_major(sizes)) {
+    receive_by_expert(group, sizes, counts_of, routing);
+  } else {
+    receive_by_rank(group, counts_of, routing);
+  }
   const int64_t num_rows = routing.recv_sizes[0];
   EP_CHECK_AGREED(num_rows < (int64_t{1} << 31), "rank ", group.rank, " would receive ", num_rows,
                   " rows; 2^31 is the limit");
-  routing.recv_sizes[2] = count_overflow(group, sizes, routing, capacities[group.rank]);
+  routing.recv_sizes[2] = count_overflow(group, sizes, routing, capacity);
   for (int src = 0; src < group.num_ranks; ++src)
     std::copy_n(counts_of[src], group.num_ranks, routing.rank_counts + src * group.num_ranks);
+}
 
+std::vector<int64_t> first_rows(const Group& group, const HtSizes& sizes,
+                                const CountMatrix& counts_of, int src) {
+  if (!is_expert_major(sizes)) {
+    std::vector<int64_t> next(group.num_ranks);
+    for (int dst = 0; dst < group.num_ranks; ++dst)
+      next[dst] = sum_column(counts_of, src, dst).before;
+    return next;
+  }
+  std::vector<int64_t> next(group.num_experts), group_end(group.num_ranks, 0);
+  for (int expert = 0; expert < group.num_experts; ++expert) {
+    const ColumnSum sum = sum_column(counts_of, src, group.num_ranks + expert);
+    int64_t& end = group_end[group.placement.rank_of[expert]];
+    next[expert] = end + sum.before;
+    end += align_up(sum.total, int64_t{sizes.expert_alignment});
+  }
+  return next;
+}
+
+void plan_tokens(const Group& group, Layout layout, const SourceTokens& tokens, RankRange served,
+                 const int64_t* capacities, int64_t* next) {
+  const bool by_expert = layout == Layout::kExpertMajor;
   std::vector<int64_t> last_token(group.num_ranks, -1);
-  for (int64_t token = 0; token < sizes.num_tokens; ++token) {
-    const int64_t* choices = routing.topk_idx + token * sizes.num_topk;
-    int32_t* rows = routing.rows + token * sizes.num_topk;
-    int32_t* routes = routing.routes + token * sizes.num_topk;
-    for (int k = 0; k < sizes.num_topk; ++k) {
+  for (int64_t token = 0; token < tokens.num_tokens; ++token) {
+    const int64_t* choices = tokens.topk_idx + token * tokens.num_topk;
+    int32_t* rows = tokens.rows + token * tokens.num_topk;
+    int32_t* routes = tokens.routes + token * tokens.num_topk;
+    for (int k = 0; k < tokens.num_topk; ++k) {
       rows[k] = routes[k] = kNoRoute;
       if (choices[k] < 0) continue;
       const int dst = group.placement.rank_of[choices[k]];
+      if (dst < served.begin || dst >= served.end) continue;
       const bool is_shared = !by_expert && last_token[dst] == token;
       last_token[dst] = token;
       int64_t& next_row = next[by_expert ? choices[k] : dst];
@@ -165,6 +175,15 @@ void plan_rows(const Group& group, const HtSizes& sizes, const CountMatrix& coun
       routes[k] = is_shared ? dst | kSharedRow : dst;
     }
   }
+}
+
+void plan_rows(const Group& group, const HtSizes& sizes, const CountMatrix& counts_of,
+               const int64_t* capacities, const HtRouting& routing) {
+  plan_receive(group, sizes, counts_of, capacities[group.rank], routing);
+  std::vector<int64_t> next = first_rows(group, sizes, counts_of, group.rank);
+  plan_tokens(group, static_cast<Layout>(sizes.layout),
+              {routing.topk_idx, routing.rows, routing.routes, sizes.num_tokens, sizes.num_topk},
+              {0, group.num_ranks}, capacities, next.data());
 }
 
 }  // namespace ep

@@ -39,4 +39,33 @@ void clear_routing(const Group& group, const HtSizes& sizes, const HtRouting& ro
 void plan_rows(const Group& group, const HtSizes& sizes, const CountMatrix& counts_of,
                const int64_t* capacities, const HtRouting& routing);
 
+// The parts of plan_rows, for ranks that send for others too.
+
+/// This rank's side as a receiver: counts, offsets, ranges of its own rows, overflow.
+void plan_receive(const Group& group, const HtSizes& sizes, const CountMatrix& counts_of,
+                  int64_t capacity, const HtRouting& routing);
+
+/// Row of the next token of rank `src` in each column: destination rank (rank-major) or expert.
+std::vector<int64_t> first_rows(const Group& group, const HtSizes& sizes,
+                                const CountMatrix& counts_of, int src);
+
+/// Consecutive tokens of one source, and where the rows of their choices are written down.
+struct SourceTokens {
+  const int64_t* topk_idx;  ///< [num_tokens, num_topk]
+  int32_t *rows, *routes;   ///< [num_tokens, num_topk]
+  int64_t num_tokens;
+  int num_topk;
+};
+
+/// Ranks [begin, end).
+struct RankRange {
+  int begin, end;
+};
+
+/// Takes rows from `next`, which first_rows() made and which is advanced, for the choices that live
+/// on the `served` ranks; the others get -1. The tokens of a source may come in several calls, but
+/// in order, and all that have choices on a served rank must come.
+void plan_tokens(const Group& group, Layout layout, const SourceTokens& tokens, RankRange served,
+                 const int64_t* capacities, int64_t* next);
+
 }  // namespace ep

@@ -110,6 +110,7 @@ struct alignas(64) PeerLine {
   uint32_t failed;    ///< it gave up: see culprit
   int32_t culprit;    ///< the rank it gave up on
   int32_t culprit_phase;
+  int32_t waiting_for;  ///< rank of another node whose message it waits for, plus 1; 0 = none
 };
 
 /// Byte offsets of the control region, which every rank owns once and all peers map.

@@ -24,11 +24,22 @@ void copy_text(char (&to)[kMaxText], const std::string& text) {
   to[length] = '\0';
 }
 
+}  // namespace
+
 Offer recv_offer(const HtDispatchArgs& args) {
   return {0, args.recv_x, args.recv_scales, args.recv_topk_idx, args.recv_topk_weights};
 }
 
-}  // namespace
+Offer rows_offer(const HtCombineArgs& args) {
+  return {0, args.pool_x, -1, -1, args.pool_topk_weights};
+}
+
+OfferSlot make_offer(const HtDispatchArgs& args, const std::string& error) {
+  OfferSlot slot{recv_offer(args), {}};
+  slot.offer.failed = !error.empty();
+  copy_text(slot.text, error);
+  return slot;
+}
 
 Buffer::Buffer(const Config& config) : config_(config), expert_local_(config.expert_rank.size()) {
   const Exchange::Config& exchange = config_.exchange;
@@ -69,17 +80,21 @@ uint64_t Buffer::next_seq() {
   return num_calls_++;
 }
 
+void Buffer::fail(const std::string& message, const TimeoutRecord& record) {
+  {
+    std::lock_guard<std::mutex> lock(failure_mutex_);
+    failure_ = message;
+  }
+  exchange_->send_failed(record);
+}
+
 template <typename Body>
 void Buffer::run_call(uint64_t seq, Body&& body) {
   check_usable();
   try {
     body();
   } catch (const TimeoutError& error) {
-    {
-      std::lock_guard<std::mutex> lock(failure_mutex_);
-      failure_ = error.what();
-    }
-    exchange_->send_failed(error.record);
+    fail(error.what(), error.record);
     throw;
   } catch (...) {
     exchange_->send_done(seq);
@@ -102,6 +117,13 @@ Post Buffer::make_post(Op op, const HtSizes& sizes) const {
   Post post{};
   fill_fields(op, sizes, post.fields);
   post.capacity = sizes.capacity;
+  return post;
+}
+
+Post Buffer::make_refusal(const std::string& reason) const {
+  Post post{};
+  post.fields[kFieldOp] = static_cast<int64_t>(Op::kRefused);
+  copy_text(post.text, reason);
   return post;
 }
 
@@ -141,7 +163,7 @@ uint64_t Buffer::notify(const HtDispatchArgs& args) {
   const auto exchange_counts = [&] {
     clear_routing(group_, args.sizes, args.routing);
     exchange_->wait_slot(seq);
-    exchange_->send_post(seq, make_post(Op::kDispatch, args.sizes), counts.data());
+    exchange_->send_post(seq, group_.rank, make_post(Op::kDispatch, args.sizes), counts.data());
     exchange_->wait_posts(seq);
     plan_rows(group_, args.sizes, exchange_->counts(seq), posted_capacities(seq).data(),
               args.routing);
@@ -159,10 +181,7 @@ uint64_t Buffer::notify(const HtDispatchArgs& args) {
 
 std::shared_ptr<PendingOp> Buffer::send(uint64_t seq, const HtDispatchArgs& args,
                                         const std::string& offer_error, bool is_async) {
-  OfferSlot slot{recv_offer(args), {}};
-  slot.offer.failed = !offer_error.empty();
-  copy_text(slot.text, offer_error);
-  exchange_->send_offer(seq, slot);
+  exchange_->send_offer(seq, group_.rank, make_offer(args, offer_error));
   return start(is_async, [this, seq, args] {
     run_call(seq, [&] { move_rows(seq, args, exchange_->wait_offers(seq)); });
   });
@@ -191,7 +210,7 @@ std::shared_ptr<PendingOp> Buffer::dispatch(const HtDispatchArgs& args, bool is_
     run_call(seq, [&] {
       if (is_fresh) clear_routing(group_, args.sizes, args.routing);
       exchange_->wait_slot(seq);
-      exchange_->send_post(seq, post, counts.empty() ? nullptr : counts.data());
+      exchange_->send_post(seq, group_.rank, post, counts.empty() ? nullptr : counts.data());
       exchange_->wait_posts(seq);
       if (!counts.empty())
         plan_rows(group_, args.sizes, exchange_->counts(seq), posted_capacities(seq).data(),
@@ -211,13 +230,12 @@ std::shared_ptr<PendingOp> Buffer::combine(const HtCombineArgs& args, bool is_as
   }
   const uint64_t seq = next_seq();
   Post post = make_post(Op::kCombine, args.sizes);
-  post.offer.x = args.pool_x;
-  post.offer.topk_weights = args.pool_topk_weights;
+  post.offer = rows_offer(args);
   return start(is_async, [this, seq, args, post] {
     run_call(seq, [&] {
       exchange_->wait_slot(seq);
       stage_rows(transfer(), args);
-      exchange_->send_post(seq, post, nullptr);
+      exchange_->send_post(seq, group_.rank, post, nullptr);
       exchange_->wait_posts(seq);
       reduce_rows(transfer(), args, posted_offers(seq));
       exchange_->send_done(seq);
@@ -231,7 +249,7 @@ std::shared_ptr<PendingOp> Buffer::barrier() {
   return start(/*is_async=*/false, [this, seq] {
     run_call(seq, [&] {
       exchange_->wait_slot(seq);
-      exchange_->send_post(seq, make_post(Op::kBarrier, HtSizes{}), nullptr);
+      exchange_->send_post(seq, group_.rank, make_post(Op::kBarrier, HtSizes{}), nullptr);
       exchange_->wait_posts(seq);
       exchange_->send_done(seq);
       exchange_->wait_done(seq);
@@ -244,10 +262,7 @@ void Buffer::refuse(const std::string& reason) {
   queue_.drain();
   run_call(seq, [&] {
     exchange_->wait_slot(seq);
-    Post post{};
-    post.fields[kFieldOp] = static_cast<int64_t>(Op::kRefused);
-    copy_text(post.text, reason);
-    exchange_->send_post(seq, post, nullptr);
+    exchange_->send_post(seq, group_.rank, make_refusal(reason), nullptr);
     exchange_->send_done(seq);
   });
 }

@@ -23,6 +23,10 @@ struct Pool {
   std::shared_ptr<SharedSegment> memory;  ///< set when the buffer is destroyed before its results
 };
 
+Offer recv_offer(const HtDispatchArgs& args);
+Offer rows_offer(const HtCombineArgs& args);
+OfferSlot make_offer(const HtDispatchArgs& args, const std::string& error);
+
 /// Symmetric memory of one rank on the host, and the calls over it. Calls are made by one thread
 /// at a time, in the same order on all ranks.
 class Buffer {
@@ -58,19 +62,26 @@ class Buffer {
   /// Waits for calls under way, leaves the group, drops the peers' memory. Idempotent.
   void destroy();
 
- private:
+  // For calls whose steps are ordered elsewhere, because they go over several nodes.
+
   Transfer transfer() { return {group_, *exchange_, threads_}; }
+  int num_local_ranks() const { return config_.exchange.num_local_ranks; }
   uint64_t next_seq();
   void check_usable();
+  Post make_post(Op op, const HtSizes& sizes) const;
+  Post make_refusal(const std::string& reason) const;
+  std::vector<Offer> posted_offers(uint64_t seq) const;
+  std::vector<int64_t> posted_capacities(uint64_t seq) const;
+  /// This rank gave up: refuses further use, tells the node's ranks.
+  void fail(const std::string& message, const TimeoutRecord& record);
+
+ private:
   /// Runs one call's body: afterwards the peers are told that this rank is through with it, or
   /// whom it gave up on.
   template <typename Body>
   void run_call(uint64_t seq, Body&& body);
   template <typename Body>
   std::shared_ptr<PendingOp> start(bool is_async, Body&& body);
-  Post make_post(Op op, const HtSizes& sizes) const;
-  std::vector<Offer> posted_offers(uint64_t seq) const;
-  std::vector<int64_t> posted_capacities(uint64_t seq) const;
   void move_rows(uint64_t seq, const HtDispatchArgs& args, const std::vector<Offer>& offers);
 
   Config config_;

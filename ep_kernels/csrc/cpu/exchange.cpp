@@ -6,8 +6,13 @@
 #include <cstring>
 
 namespace ep::cpu {
+
 Exchange::Exchange(const Config& config)
-    : config_(config), layout_(config.num_ranks, config.num_experts), segments_(config.num_ranks) {
+    : config_(config),
+      local_begin_(config.rank / config.num_local_ranks * config.num_local_ranks),
+      local_end_(local_begin_ + config.num_local_ranks),
+      layout_(config.num_ranks, config.num_experts),
+      segments_(config.num_ranks) {
   const size_t num_bytes = layout_.num_bytes + static_cast<size_t>(config.pool_bytes);
   segments_[config.rank] = std::make_shared<SharedSegment>(SharedSegment::create(num_bytes));
 }
@@ -15,18 +20,19 @@ Exchange::Exchange(const Config& config)
 void Exchange::attach(const int64_t* pids, const int32_t* fds) {
   const size_t num_bytes = segments_[config_.rank]->size();
   processes_.clear();
-  for (int peer = 0; peer < config_.num_ranks; ++peer) {
-    processes_.emplace_back(pids[peer]);
+  for (int local = 0; local < config_.num_local_ranks; ++local) {
+    processes_.emplace_back(pids[local]);
+    const int peer = local_begin_ + local;
     if (peer == config_.rank) continue;
     segments_[peer] =
-        std::make_shared<SharedSegment>(SharedSegment::open(pids[peer], fds[peer], num_bytes));
+        std::make_shared<SharedSegment>(SharedSegment::open(pids[local], fds[local], num_bytes));
   }
 }
 
 void Exchange::close_files() { segments_[config_.rank]->close_file(); }
 
 std::shared_ptr<SharedSegment> Exchange::detach() {
-  for (int peer = 0; peer < config_.num_ranks; ++peer) {
+  for (int peer = local_begin_; peer < local_end_; ++peer) {
     if (!segments_[peer]) continue;
     __atomic_store_n(&line(peer, config_.rank).departed, 1u, __ATOMIC_RELEASE);
     ring(doorbell(peer));
@@ -37,14 +43,14 @@ std::shared_ptr<SharedSegment> Exchange::detach() {
 
 void Exchange::wait_slot(uint64_t seq) {
   if (seq < kNumSlots) return;
-  for (int peer = 0; peer < config_.num_ranks; ++peer)
+  for (int peer = local_begin_; peer < local_end_; ++peer)
     wait_flag(&line(config_.rank, peer).done, seq + 1 - kNumSlots, peer, Phase::kSlot);
 }
 
-void Exchange::send_post(uint64_t seq, const Post& post, const int32_t* counts) {
-  const size_t slot = layout_.slot(seq, config_.rank);
+void Exchange::send_post(uint64_t seq, int src, const Post& post, const int32_t* counts) {
+  const size_t slot = layout_.slot(seq, src);
   const size_t num_counts = static_cast<size_t>(config_.num_ranks) + config_.num_experts;
-  for (int peer = 0; peer < config_.num_ranks; ++peer) {
+  for (int peer = local_begin_; peer < local_end_; ++peer) {
     auto* destination = word<uint8_t>(peer, layout_.posts + slot * layout_.post_stride);
     std::memcpy(destination, &post, sizeof(Post));
     if (counts) std::memcpy(destination + sizeof(Post), counts, num_counts * sizeof(int32_t));
@@ -71,9 +77,9 @@ CountMatrix Exchange::counts(uint64_t seq) const {
   return counts;
 }
 
-void Exchange::send_offer(uint64_t seq, const OfferSlot& offer) {
-  const size_t slot = layout_.slot(seq, config_.rank);
-  for (int peer = 0; peer < config_.num_ranks; ++peer) {
+void Exchange::send_offer(uint64_t seq, int src, const OfferSlot& offer) {
+  const size_t slot = layout_.slot(seq, src);
+  for (int peer = local_begin_; peer < local_end_; ++peer) {
     word<OfferSlot>(peer, layout_.offers)[slot] = offer;
     store_flag(word<uint64_t>(peer, layout_.offer_flags) + slot, seq + 1);
     ring(doorbell(peer));
@@ -97,25 +103,30 @@ std::vector<Offer> Exchange::wait_offers(uint64_t seq) {
 }
 
 void Exchange::send_done(uint64_t seq) {
-  for (int peer = 0; peer < config_.num_ranks; ++peer) {
+  for (int peer = local_begin_; peer < local_end_; ++peer) {
     store_flag(&line(peer, config_.rank).done, seq + 1);
     ring(doorbell(peer));
   }
 }
 
 void Exchange::wait_done(uint64_t seq) {
-  for (int peer = 0; peer < config_.num_ranks; ++peer)
+  for (int peer = local_begin_; peer < local_end_; ++peer)
     wait_flag(&line(config_.rank, peer).done, seq + 1, peer, Phase::kDone);
 }
 
 void Exchange::send_failed(const TimeoutRecord& record) {
-  for (int peer = 0; peer < config_.num_ranks; ++peer) {
+  for (int peer = local_begin_; peer < local_end_; ++peer) {
     PeerLine& own = line(peer, config_.rank);
     own.culprit = record.peer;
     own.culprit_phase = record.phase;
     __atomic_store_n(&own.failed, 1u, __ATOMIC_RELEASE);
     ring(doorbell(peer));
   }
+}
+
+void Exchange::send_waiting_for(int rank) {
+  for (int peer = local_begin_; peer < local_end_; ++peer)
+    __atomic_store_n(&line(peer, config_.rank).waiting_for, rank + 1, __ATOMIC_RELEASE);
 }
 
 void Exchange::wait_flag(const uint64_t* flag, uint64_t expected, int peer, Phase phase) {
@@ -133,16 +144,25 @@ void Exchange::wait_flag(const uint64_t* flag, uint64_t expected, int peer, Phas
     if (!problem.empty() && !ready()) throw TimeoutError(problem, record);
   };
   const auto deadline = start + std::chrono::microseconds(config_.timeout_us);
-  const bool arrived = wait_until(doorbell(config_.rank), deadline, ready, check);
-  if (arrived) return;
-  throw TimeoutError(
-      concat("rank ", config_.rank, " waited ", config_.timeout_us * 1e-6, " s for rank ", peer,
-             " ", phase_name(phase), ": expected ", expected, ", seen ", record.seen),
-      record);
+  if (!wait_until(doorbell(config_.rank), deadline, ready, check)) throw_expired(record);
+}
+
+void Exchange::throw_expired(TimeoutRecord& record) const {
+  const int peer = record.peer;
+  std::string text = concat("rank ", config_.rank, " waited ", config_.timeout_us * 1e-6,
+                            " s for rank ", peer, " ", phase_name(static_cast<Phase>(record.phase)),
+                            ": expected ", record.expected, ", seen ", record.seen);
+  const PeerLine& state = line(config_.rank, proxy_of(peer));
+  const int remote = __atomic_load_n(&state.waiting_for, __ATOMIC_ACQUIRE) - 1;
+  if (remote >= 0 && remote != peer) {
+    record.peer = remote;
+    text += concat("; rank ", proxy_of(peer), " waits for a message of rank ", remote);
+  }
+  throw TimeoutError(text, record);
 }
 
 std::string Exchange::peer_problem(TimeoutRecord& waiting) const {
-  const int peer = waiting.peer;
+  const int peer = proxy_of(waiting.peer);
   const PeerLine& state = line(config_.rank, peer);
   std::string what;
   int culprit = peer;
@@ -152,13 +172,14 @@ std::string Exchange::peer_problem(TimeoutRecord& waiting) const {
                   phase_name(static_cast<Phase>(state.culprit_phase)));
   } else if (__atomic_load_n(&state.departed, __ATOMIC_ACQUIRE)) {
     what = concat("rank ", peer, " has destroyed its buffer");
-  } else if (processes_[peer].has_ended()) {
+  } else if (processes_[peer - local_begin_].has_ended()) {
     what = concat("the process of rank ", peer, " has ended");
   } else {
     return what;
   }
+  const int awaited = waiting.peer;
   waiting.peer = culprit;
-  return concat(what, "; rank ", config_.rank, " was waiting for rank ", peer, " ",
+  return concat(what, "; rank ", config_.rank, " was waiting for rank ", awaited, " ",
                 phase_name(static_cast<Phase>(waiting.phase)), ": expected ", waiting.expected,
                 ", seen ", waiting.seen);
 }

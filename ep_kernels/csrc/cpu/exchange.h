@@ -14,22 +14,27 @@
 
 namespace ep::cpu {
 
-/// One rank's view of the memory all ranks share, and the protocol words in it. Every wait is for
-/// one peer, has a deadline, and ends early with a TimeoutError when that peer has ended, has
-/// destroyed its buffer or has itself given up.
+/// One rank's view of the memory that the ranks of a node share, and the protocol words in it.
+/// Every wait is for one peer, has a deadline, and ends early with a TimeoutError when that peer has
+/// ended, has destroyed its buffer or has itself given up.
+///
+/// A node is `num_local_ranks` consecutive ranks. Posts and offers of a rank on another node are
+/// written by its proxy, the rank of this node with the same place in it; with one node every rank
+/// is its own proxy.
 class Exchange {
  public:
   struct Config {
     int rank, num_ranks, num_experts;
     int64_t pool_bytes;
     int64_t timeout_us;
+    int num_local_ranks;
   };
 
   explicit Exchange(const Config& config);
 
   int fd() const { return segments_[config_.rank]->fd(); }
 
-  /// Maps the segments of all peers. `pids` and `fds` are what they published.
+  /// Maps the segments of the node's ranks. `pids` and `fds` are what they published, by local rank.
   void attach(const int64_t* pids, const int32_t* fds);
 
   /// Forgets the files: from now on the memory lives as long as its mappings.
@@ -39,30 +44,34 @@ class Exchange {
   /// is returned: results in it may still be in use.
   std::shared_ptr<SharedSegment> detach();
 
-  uint8_t* pool(int rank) const { return segments_[rank]->data() + layout_.num_bytes; }
+  bool is_local(int rank) const { return rank >= local_begin_ && rank < local_end_; }
+  uint8_t* pool(int local) const { return segments_[local]->data() + layout_.num_bytes; }
   const Config& config() const { return config_; }
 
   // The steps of a call, in order. `seq` is the number of the call.
 
-  /// Waits until every peer has finished call seq - kNumSlots, whose slots this call reuses.
+  /// Waits until every local rank has finished call seq - kNumSlots, whose slots this call reuses.
   void wait_slot(uint64_t seq);
-  /// Announces the call to all ranks. `counts` is [num_ranks + num_experts] or null.
-  void send_post(uint64_t seq, const Post& post, const int32_t* counts);
+  /// Announces the call to the node's ranks, for rank `src`: this one, or one that it is proxy of.
+  /// `counts` is [num_ranks + num_experts] or null.
+  void send_post(uint64_t seq, int src, const Post& post, const int32_t* counts);
   /// Waits until all ranks have announced the call; throws ConfigError unless they agree.
   void wait_posts(uint64_t seq);
   const Post& post(uint64_t seq, int src) const;
   /// Counts of all ranks, valid until this rank finishes the call.
   CountMatrix counts(uint64_t seq) const;
-  void send_offer(uint64_t seq, const OfferSlot& offer);
+  void send_offer(uint64_t seq, int src, const OfferSlot& offer);
   /// Where the memory of every rank is. Throws DeviceError if a rank found none.
   std::vector<Offer> wait_offers(uint64_t seq);
   /// Says that this rank has written and read all it will for this call and those before.
   void send_done(uint64_t seq);
-  /// Waits for send_done() of all ranks: the rows are here, and ours may be overwritten.
+  /// Waits for send_done() of the node's ranks: the rows are here, and ours may be overwritten.
   void wait_done(uint64_t seq);
 
-  /// Tells the peers whom this rank gave up on.
+  /// Tells the node's ranks whom this rank gave up on.
   void send_failed(const TimeoutRecord& record);
+  /// Tells them for which rank of another node it waits; -1 = none any more.
+  void send_waiting_for(int rank);
 
  private:
   uint8_t* control(int rank) const { return segments_[rank]->data(); }
@@ -75,16 +84,21 @@ class Exchange {
   }
   Doorbell& doorbell(int rank) const { return *word<Doorbell>(rank, layout_.doorbell); }
 
-  /// Waits for `flag`, one of this rank's own words, to reach `expected`; `peer` writes it.
+  int proxy_of(int rank) const { return local_begin_ + rank % config_.num_local_ranks; }
+
+  /// Waits for `flag`, one of this rank's own words, to reach `expected`; `peer`, or its proxy,
+  /// writes it.
   void wait_flag(const uint64_t* flag, uint64_t expected, int peer, Phase phase);
+  [[noreturn]] void throw_expired(TimeoutRecord& record) const;
   /// Why the peer of `waiting` will never come, or empty; makes the culprit the record's peer.
   std::string peer_problem(TimeoutRecord& waiting) const;
   void check_agreement(uint64_t seq) const;
 
   Config config_;
+  int local_begin_, local_end_;  // ranks of this node
   ControlLayout layout_;
-  std::vector<std::shared_ptr<SharedSegment>> segments_;
-  std::vector<ProcessWatch> processes_;
+  std::vector<std::shared_ptr<SharedSegment>> segments_;  // [num_ranks], null on other nodes
+  std::vector<ProcessWatch> processes_;                   // [num_local_ranks]
 };
 
 }  // namespace ep::cpu

@@ -29,6 +29,10 @@ std::vector<Source> sources(const Transfer& transfer, const HtCombineArgs& args,
                             const std::vector<Offer>& offers) {
   std::vector<Source> result;
   for (int src = 0; src < transfer.group.num_ranks; ++src) {
+    if (!transfer.exchange.is_local(src)) {
+      result.push_back({});
+      continue;
+    }
     const uint8_t* pool = transfer.exchange.pool(src);
     result.push_back({pool + offers[src].x, pool + offers[src].topk_weights});
   }

@@ -24,6 +24,10 @@ struct Destination {
 std::vector<Destination> destinations(const Transfer& transfer, const std::vector<Offer>& offers) {
   std::vector<Destination> result;
   for (int dst = 0; dst < transfer.group.num_ranks; ++dst) {
+    if (!transfer.exchange.is_local(dst)) {
+      result.push_back({});
+      continue;
+    }
     uint8_t* pool = transfer.exchange.pool(dst);
     const auto at = [&](int64_t offset) { return offset < 0 ? nullptr : pool + offset; };
     const Offer& offer = offers[dst];

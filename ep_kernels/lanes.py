@@ -1,0 +1,209 @@
+"""Messages between nodes: a rank and the ranks of the other nodes with the same place in them.
+
+    GlooLane   gloo_lane.py: over gloo contexts of its own
+    MpiLane    mpi_lane.py: over a communicator split from the user's
+
+A lane carries messages whose sizes both ends know. Messages of one tag between two ranks arrive in
+order. Every wait ends: with the message, with the deadline, or because the peer is gone or gave up.
+"""
+
+from __future__ import annotations
+
+import abc
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ep_kernels._native import PHASES
+from ep_kernels.bootstrap import Bootstrap, MpiBootstrap
+from ep_kernels.errors import EPDeviceError, EPTimeoutError
+from ep_kernels.topology import Topology
+
+FAREWELL_S = 0.5
+"""How long a peer's farewell may take, after its connection has ended or before ours does."""
+
+TAGS_PER_CALL = 8
+FAREWELL_TAG, CLOSE_TAG, FIRST_TAG = 0, 1, TAGS_PER_CALL
+DEPARTED = -1  # culprit of a farewell without failure
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleoutStats:
+    """Bytes that one rank exchanged with other nodes since its buffer was made.
+
+    Attributes:
+        chunk_bytes_sent, chunk_bytes_received: rows and what travels beside them.
+        control_bytes_sent, control_bytes_received: announcements, counts and sizes.
+    """
+
+    chunk_bytes_sent: int = 0
+    chunk_bytes_received: int = 0
+    control_bytes_sent: int = 0
+    control_bytes_received: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """What a message is: call and kind give its tag.
+
+    Attributes:
+        seq: number of the call.
+        kind: below TAGS_PER_CALL; messages of the same kind of a call arrive in order.
+        phase: what a rank that waits for it is doing, for errors: a key of _native.PHASES.
+        is_chunk: for the statistics.
+    """
+
+    seq: int
+    kind: int
+    phase: int
+    is_chunk: bool = False
+
+    @property
+    def tag(self) -> int:
+        """NOTE: MPI promises tags up to 32767 only; a handful of calls are under way at once."""
+        return FIRST_TAG + self.seq % 4000 * TAGS_PER_CALL + self.kind
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A message under way, with its memory."""
+
+    node: int
+    message: Message
+    work: Any
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A peer that will not send any more.
+
+    Attributes:
+        culprit: the rank that is to blame.
+        text: what happened.
+    """
+
+    culprit: int
+    text: str
+
+
+class Lane(abc.ABC):
+    """This rank's connections to the ranks on its lane, by node.
+
+    Attributes:
+        on_wait: is told the rank that a wait is for, and -1 after it.
+    """
+
+    def __init__(self, topology: Topology, timeout_s: float) -> None:
+        self.topology = topology
+        self.on_wait: Callable[[int], None] = lambda rank: None
+        # Local waits for the same culprit end first, and know more.
+        self._deadline_s = 1.1 * timeout_s
+        self._counts = dict.fromkeys(vars(ScaleoutStats()), 0)
+
+    def stats(self) -> ScaleoutStats:
+        return ScaleoutStats(**self._counts)
+
+    def isend(self, node: int, tensor: torch.Tensor, message: Message) -> Transfer:
+        """Starts to send a contiguous uint8 tensor, which must not change before wait()."""
+        self._count("sent", tensor, message)
+        return self._start(self._isend, node, tensor, message)
+
+    def irecv(self, node: int, tensor: torch.Tensor, message: Message) -> Transfer:
+        """Starts to receive into a contiguous uint8 tensor."""
+        self._count("received", tensor, message)
+        return self._start(self._irecv, node, tensor, message)
+
+    def wait(self, transfer: Transfer) -> None:
+        """Ends a transfer.
+
+        Raises:
+            EPTimeoutError: naming the rank to blame, and its node.
+        """
+        self.on_wait(self.topology.lane_rank(transfer.node))
+        lost = self._wait(transfer)
+        self.on_wait(-1)
+        if lost is not None:
+            raise self._error(transfer.node, transfer.message, lost)
+
+    def _start(self, start: Any, node: int, tensor: torch.Tensor, message: Message) -> Transfer:
+        try:
+            work = start(node, tensor, message.tag)
+        except RuntimeError as error:  # the connection has ended
+            raise self._error(node, message, self._why(node, str(error))) from None
+        return Transfer(node, message, work, tensor)
+
+    def _count(self, direction: str, tensor: torch.Tensor, message: Message) -> None:
+        kind = "chunk" if message.is_chunk else "control"
+        self._counts[f"{kind}_bytes_{direction}"] += tensor.numel()
+
+    def _error(self, node: int, message: Message, lost: Lost) -> EPTimeoutError:
+        topology = self.topology
+        peer = topology.lane_rank(node)
+        text = (
+            f"{lost.text}; rank {topology.rank} was exchanging messages with rank {peer} of node "
+            f"{node}; to blame is rank {lost.culprit} of node {topology.node_of(lost.culprit)}"
+        )
+        phase = PHASES[message.phase]
+        return EPTimeoutError(text, rank=topology.rank, phase=phase, peer=lost.culprit)
+
+    def _expired(self, node: int) -> Lost:
+        peer = self.topology.lane_rank(node)
+        text = f"nothing came from rank {peer} of node {node} within {self._deadline_s:g} s"
+        return Lost(peer, text)
+
+    def _said_farewell(self, node: int, culprit: int) -> Lost:
+        peer = self.topology.lane_rank(node)
+        if culprit == DEPARTED:
+            return Lost(peer, f"rank {peer} has destroyed its buffer")
+        return Lost(culprit, f"rank {peer} gave up on rank {culprit}")
+
+    @abc.abstractmethod
+    def _isend(self, node: int, tensor: torch.Tensor, tag: int) -> Any: ...
+
+    @abc.abstractmethod
+    def _irecv(self, node: int, tensor: torch.Tensor, tag: int) -> Any: ...
+
+    @abc.abstractmethod
+    def _wait(self, transfer: Transfer) -> Lost | None: ...
+
+    @abc.abstractmethod
+    def _why(self, node: int, error: str) -> Lost: ...
+
+    @abc.abstractmethod
+    def close(self, culprit: int = DEPARTED) -> None:
+        """Says goodbye to the peers, naming whom this rank gave up on, and ends all transfers."""
+
+
+def make_lane(
+    bootstrap: Bootstrap, topology: Topology, timeout_s: float, on_wait: Callable[[int], None]
+) -> Lane:
+    """Connects this rank with its lane; `on_wait` as in Lane. Collective.
+
+    Raises:
+        EPDeviceError: on all ranks, if one cannot be connected.
+    """
+    from ep_kernels.gloo_lane import GlooLane
+    from ep_kernels.mpi_lane import MpiLane
+
+    name = f"ep_kernels/{bootstrap.all_gather(uuid.uuid4().hex)[0]}"
+    lane: Lane | None = None
+    problem = ""
+    try:
+        if isinstance(bootstrap, MpiBootstrap):
+            lane = MpiLane(topology, timeout_s, bootstrap.comm)
+        else:
+            lane = GlooLane(topology, timeout_s, name)
+    except EPDeviceError as error:
+        problem = str(error)
+    for rank, message in enumerate(bootstrap.all_gather(problem)):
+        if message:
+            if lane is not None:
+                lane.close()
+            raise EPDeviceError(f"rank {rank}: {message}")
+    assert lane is not None
+    lane.on_wait = on_wait
+    return lane

@@ -1,0 +1,59 @@
+"""A lane over MPI, for buffers that are made from an mpi4py communicator."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import Any
+
+import torch
+
+from ep_kernels.lanes import DEPARTED, FAREWELL_TAG, Lane, Lost, Transfer
+from ep_kernels.topology import Topology
+
+
+class MpiLane(Lane):
+    """MPI polls; a peer that has died ends the whole run, as MPI does it."""
+
+    _unfinished: list[Any] = []  # memory of transfers that were given up, which MPI may still use
+
+    def __init__(self, topology: Topology, timeout_s: float, comm: Any) -> None:
+        super().__init__(topology, timeout_s)
+        self._comm = comm.Split(topology.local_rank, topology.node)
+        self._said: dict[int, int] = {}  # node -> culprit
+
+    def _isend(self, node: int, tensor: torch.Tensor, tag: int) -> Any:
+        return self._comm.Isend(tensor.numpy(), node, tag)
+
+    def _irecv(self, node: int, tensor: torch.Tensor, tag: int) -> Any:
+        return self._comm.Irecv(tensor.numpy(), node, tag)
+
+    def _wait(self, transfer: Transfer) -> Lost | None:
+        deadline = time.monotonic() + self._deadline_s
+        for attempt in itertools.count():
+            if transfer.work.Test():
+                return None
+            if attempt % 256 == 255:
+                self._receive_farewells()
+            if transfer.node in self._said:
+                self._unfinished.append(transfer)
+                return self._said_farewell(transfer.node, self._said[transfer.node])
+            if time.monotonic() > deadline:
+                self._unfinished.append(transfer)
+                return self._expired(transfer.node)
+            time.sleep(0 if attempt < 100 else 50e-6)
+        raise AssertionError
+
+    def _receive_farewells(self) -> None:
+        while self._comm.Iprobe(tag=FAREWELL_TAG):
+            words = torch.zeros(2, dtype=torch.int32)
+            self._comm.Recv(words.numpy(), tag=FAREWELL_TAG)
+            self._said[int(words[0])] = int(words[1])
+
+    def _why(self, node: int, error: str) -> Lost:
+        return Lost(self.topology.lane_rank(node), error)
+
+    def close(self, culprit: int = DEPARTED) -> None:
+        words = torch.tensor([self.topology.node, culprit], dtype=torch.int32)
+        for node in self.topology.other_nodes:
+            self._unfinished.append((words, self._comm.Isend(words.numpy(), node, FAREWELL_TAG)))
