@@ -23,7 +23,7 @@ NUM_RANKS = 4
 SILENT = 2
 
 
-def check_round_trips(comm):
+def check_round_trips(comm, backend="cpu"):
     """Layouts, types, placements and awkward sizes, all compared with the specification."""
     for case in (
         Case(num_ranks=NUM_RANKS, num_experts=8),
@@ -33,8 +33,12 @@ def check_round_trips(comm):
         Case(num_ranks=NUM_RANKS, num_experts=8, routing="one_expert", num_biases=2),
     ):
         world = World(case, comm.Get_rank())
-        with cases.make_buffer("cpu", group=comm, case=case) as buffer:
+        with cases.make_buffer(backend, group=comm, case=case) as buffer:
             cases.check_round_trip(buffer, world)
+
+
+def check_round_trips_over_nodes(comm):
+    check_round_trips(comm, "nodes")
 
 
 def check_torch_distributed_is_not_needed(comm):
@@ -76,9 +80,9 @@ def check_a_communicator_instead_of_a_group(comm):
     deep_ep_cases.round_trip_over(comm)
 
 
-def check_a_silent_rank_is_named(comm):
+def check_a_silent_rank_is_named(comm, backend="cpu"):
     case, rank = Case(num_ranks=NUM_RANKS, num_experts=8), comm.Get_rank()
-    with cases.make_buffer("cpu", group=comm, case=case, timeout_s=1.0) as buffer:
+    with cases.make_buffer(backend, group=comm, case=case, timeout_s=1.0) as buffer:
         world = World(case, rank)
         cases.check_round_trip(buffer, world)
         if rank != SILENT:
@@ -86,6 +90,10 @@ def check_a_silent_rank_is_named(comm):
                 cases.dispatch(buffer, world, world.xs())
             assert raised.value.peer == SILENT
         comm.Barrier()
+
+
+def check_a_silent_rank_of_another_node_is_named(comm):
+    check_a_silent_rank_is_named(comm, "nodes")
 
 
 def check_round_trip_of(comm, *, num_ranks):

@@ -14,12 +14,14 @@ TESTS = Path(__file__).resolve().parent
 NUM_RANKS = 4
 CHECKS = [
     "round_trips",
+    "round_trips_over_nodes",
     "torch_distributed_is_not_needed",
     "parts_of_a_communicator",
     "a_communicator_of_one_rank",
     "ranks_that_disagree_all_learn_it",
     "a_communicator_instead_of_a_group",
     "a_silent_rank_is_named",
+    "a_silent_rank_of_another_node_is_named",
 ]
 
 needs_mpi = pytest.mark.skipif(

@@ -152,12 +152,13 @@ void Exchange::throw_expired(TimeoutRecord& record) const {
   std::string text = concat("rank ", config_.rank, " waited ", config_.timeout_us * 1e-6,
                             " s for rank ", peer, " ", phase_name(static_cast<Phase>(record.phase)),
                             ": expected ", record.expected, ", seen ", record.seen);
-  const PeerLine& state = line(config_.rank, proxy_of(peer));
+  // The proxy is to blame, unless it waits for another node itself.
+  const int proxy = proxy_of(peer);
+  const PeerLine& state = line(config_.rank, proxy);
   const int remote = __atomic_load_n(&state.waiting_for, __ATOMIC_ACQUIRE) - 1;
-  if (remote >= 0 && remote != peer) {
-    record.peer = remote;
-    text += concat("; rank ", proxy_of(peer), " waits for a message of rank ", remote);
-  }
+  record.peer = remote >= 0 ? remote : proxy;
+  if (record.peer != peer) text += concat(", which rank ", proxy, " speaks for");
+  if (remote >= 0) text += concat("; rank ", proxy, " waits for a message of rank ", remote);
   throw TimeoutError(text, record);
 }
 

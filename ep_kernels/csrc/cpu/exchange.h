@@ -15,8 +15,8 @@
 namespace ep::cpu {
 
 /// One rank's view of the memory that the ranks of a node share, and the protocol words in it.
-/// Every wait is for one peer, has a deadline, and ends early with a TimeoutError when that peer has
-/// ended, has destroyed its buffer or has itself given up.
+/// Every wait is for one peer, has a deadline, and ends early with a TimeoutError when that peer
+/// has ended, has destroyed its buffer or has itself given up.
 ///
 /// A node is `num_local_ranks` consecutive ranks. Posts and offers of a rank on another node are
 /// written by its proxy, the rank of this node with the same place in it; with one node every rank
@@ -34,7 +34,8 @@ class Exchange {
 
   int fd() const { return segments_[config_.rank]->fd(); }
 
-  /// Maps the segments of the node's ranks. `pids` and `fds` are what they published, by local rank.
+  /// Maps the segments of the node's ranks. `pids` and `fds` are what they published, by local
+  /// rank.
   void attach(const int64_t* pids, const int32_t* fds);
 
   /// Forgets the files: from now on the memory lives as long as its mappings.
