@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ep_kernels.placement import linear_placement, measure, place_experts
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertLoad:
@@ -38,6 +40,25 @@ class ExpertLoad:
     def min_over_mean(self) -> float:
         """1 is perfect balance, 0 is an unused expert."""
         return min(self.tokens_per_expert) / self.mean if self.mean else 0.0
+
+
+def rank_imbalance(loads: Iterable[ExpertLoad], *, num_ranks: int) -> dict[str, float]:
+    """The busiest rank's tokens over the mean, in the layer where it is largest: as experts are
+    placed now, and if every layer's experts were placed anew by ep_kernels.placement.
+
+    Args:
+        loads: of the layers; without any the result is empty.
+        num_ranks: expert parallel ranks.
+    """
+    values: dict[str, float] = {}
+    for load in loads:
+        tokens = load.tokens_per_expert
+        now = linear_placement(len(tokens), num_ranks)
+        anew = place_experts(tokens, num_ranks=num_ranks)
+        for name, placement in (("now", now), ("placed_anew", anew)):
+            key = f"rank_load_max_over_mean_{name}"
+            values[key] = max(values.get(key, 0.0), measure(placement, tokens).ranks)
+    return values
 
 
 class ExpertLoadMeter:
