@@ -24,7 +24,7 @@ from torch import nn
 from megatron_ep.checkpoint import Progress, load_checkpoint, save_checkpoint
 from megatron_ep.config import Config
 from megatron_ep.data import Batch, Datasets, make_iterator
-from megatron_ep.expert_load import ExpertLoadMeter
+from megatron_ep.expert_load import ExpertLoadMeter, rank_imbalance
 from megatron_ep.metrics import Reporter
 from megatron_ep.model import unwrap
 from megatron_ep.optim import build_optimizer, build_scheduler
@@ -275,6 +275,9 @@ class Trainer:
             values["skipped_steps"] = interval.num_skipped
         values |= self._aux_losses(len(interval.losses))
         loads = self.load_meter.report() if self.load_meter is not None else []
+        num_ranks = self.config.parallelism.expert_model_parallel_size
+        if self.ranks.rank == 0 and num_ranks > 1:
+            values |= rank_imbalance(loads, num_ranks=num_ranks)
         self.reporter.report("train", self.progress.iteration, values, loads)
 
     def _aux_losses(self, num_steps: int) -> dict[str, float]:
