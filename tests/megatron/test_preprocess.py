@@ -177,3 +177,13 @@ def test_the_byte_tokenizer_gives_back_any_text():
 @pytest.mark.parametrize(("ranks", "size"), [(1, 320), (2, 384), (4, 512)])
 def test_the_vocabulary_is_padded_to_equal_shares(ranks, size):
     assert padded_vocab_size(257, divisible_by=64, tensor_parallel_size=ranks) == size
+
+
+def test_the_program_prints_one_line(programs, tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    flags = ["--input", tmp_path / "a.txt", "--output", tmp_path / "data", "--no-progress-bar"]
+    done = programs.run("megatron_ep.preprocess", *flags)
+    assert (done.returncode, done.output) == (
+        0,
+        f"{tmp_path}/data.bin/.idx: 1 documents, 5 tokens\n",
+    )
