@@ -133,7 +133,7 @@ class Trainer:
         """
         settings, interval = self.config.training, _Interval()
         begin, data = time.monotonic(), self._data_iterators(self.datasets.train)
-        previous = self._catch_signal()
+        previous = self._catch_signals()
         try:
             while self.progress.iteration < settings.train_iters:
                 step = self.step(data)
@@ -157,8 +157,8 @@ class Trainer:
                 self._save()
         finally:
             self.reporter.close()
-            if previous is not None:
-                signal.signal(signal.SIGTERM, previous)
+            for name, handler in previous.items():
+                signal.signal(name, handler)
         if not is_complete:
             logger.info("stopped after step %d", self.progress.iteration)
         return is_complete
@@ -328,14 +328,16 @@ class Trainer:
             self.reporter.message(f"saved {path}")
         return time.perf_counter() - start
 
-    def _catch_signal(self) -> Any:
+    def _catch_signals(self) -> dict[signal.Signals, Any]:
+        """Takes note of requests to stop; returns the handlers before."""
         if not self.config.training.exit_signal_handler:
-            return None
+            return {}
 
         def note(number: int, frame: Any) -> None:
             self._signal_received = True
 
-        return signal.signal(signal.SIGTERM, note)
+        # torchrun leaves SIGUSR1 to its ranks; at SIGTERM it ends them after a while.
+        return {name: signal.signal(name, note) for name in (signal.SIGTERM, signal.SIGUSR1)}
 
     def _time_is_up(self, begin: float) -> bool:
         """Whether exit_duration_in_mins is over; rank 0 decides."""

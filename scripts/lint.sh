@@ -48,7 +48,7 @@ check() {
 }
 
 mapfile -t cpp_files < <(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
-mapfile -t shell_files < <(git ls-files '*.sh' .ci/run)
+mapfile -t shell_files < <(git ls-files '*.sh' '*.sbatch' .ci/run)
 
 if [ "$fix" = yes ]; then
   python -m ruff check --fix --quiet . || true

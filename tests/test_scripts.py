@@ -8,7 +8,13 @@ import pytest
 from ep_kernels import _native, doctor
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["scripts/quickstart.sh", "scripts/test.sh", "scripts/lint.sh", "scripts/setup_env.sh"]
+SCRIPTS = [
+    "scripts/quickstart.sh",
+    "scripts/test.sh",
+    "scripts/lint.sh",
+    "scripts/setup_env.sh",
+    "scripts/slurm/submit.sh",
+]
 
 
 def run(*command):

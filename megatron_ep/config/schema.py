@@ -201,7 +201,7 @@ class TrainingSection(Section):
     exit_duration_in_mins: float | None = Field(default=None, gt=0)
     """Save and stop after this time."""
     exit_signal_handler: bool = True
-    """On SIGTERM save after the current step and stop."""
+    """On SIGTERM or SIGUSR1 save after the current step and stop."""
     check_for_nan_in_grad: bool = True
     """Stop with an error when a gradient is not finite."""
 

@@ -87,8 +87,9 @@ run_ranks() {
   # The port changes with each attempt: a process that dies slowly may still hold the last one.
   export EP_RANKS_PER_NODE=$ranks_per_node EP_MASTER_ADDR=$head
   export EP_MASTER_PORT=$((20000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0} % 10) % 20000))
+  # USR1 is for the ranks: torchrun, which passes nothing on, ignores it as its shell does.
   # shellcheck disable=SC2016  # for the shell of each node
-  run_on_all_nodes bash -c 'exec python -m torch.distributed.run \
+  run_on_all_nodes bash -c 'trap "" USR1; exec python -m torch.distributed.run \
     --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" --nproc-per-node="$EP_RANKS_PER_NODE" \
     --master-addr="$EP_MASTER_ADDR" --master-port="$EP_MASTER_PORT" "$@"' torchrun "$@"
 }

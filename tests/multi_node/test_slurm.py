@@ -11,7 +11,7 @@ import training
 # A step takes about 50 ms; under load, starting takes most of the time.
 START_TIMEOUT_S = 120.0
 DISPATCHER = "alltoall"  # deepep needs the ranks of a group on one host
-FLAGS = ["--train-iters", "60", "--save-interval", "5", "--lr-warmup-iters", "5"]
+FLAGS = ["--train-iters", "80", "--save-interval", "5", "--lr-warmup-iters", "5"]
 FLAGS += ["--moe-token-dispatcher-type", DISPATCHER]
 SUBMIT = training.ROOT / "scripts/slurm/submit.sh"
 
@@ -59,22 +59,27 @@ def test_a_killed_job_resumes_from_the_last_checkpoint_with_the_losses_of_an_und
     wait_for_step(run, 22)
     kill_a_rank(slurm.network.hosts[1])
     slurm.restart(job, restarts=2, timeout=START_TIMEOUT_S)
+    wait_for_step(run, 42)
+    slurm.run("scancel", "--batch", "--signal=USR1", str(job))  # as near the time limit
+    slurm.restart(job, restarts=3, timeout=START_TIMEOUT_S)
     shown = slurm.wait_for(job, "COMPLETED", "FAILED", timeout=START_TIMEOUT_S)
 
     text = log.read_text()
     assert shown["JobState"] == "COMPLETED", text
-    # Attempts go on from a checkpoint, none of them lost: 5 or later, 20 or later.
+    # Attempts go on from the newest checkpoint; the last one saved when it was asked to stop.
     resumed = [int(step) for step in re.findall(r"going on after step (\d+)", text)]
     loaded = [int(step) for step in re.findall(r"loaded \S*/iter_0*(\d+)", text)]
-    assert len(resumed) == 2
     assert resumed == loaded
+    assert len(resumed) == 3
     assert resumed[0] >= 5
     assert resumed[1] >= 20
+    assert resumed[2] >= 42
+    assert "time is nearly up: saving" in text
     training.run_here(
         2, ["--config", str(training.CONFIGS / "small_1x2.yaml"), *flags, "--save", undisturbed]
     )
     assert training.losses(run) == training.losses(undisturbed)
-    assert len(training.losses(run)) == 60
+    assert len(training.losses(run)) == 80
 
 
 def test_a_cancelled_job_stays_cancelled(slurm, tmp_path):

@@ -144,7 +144,7 @@ def test_near_the_time_limit_ranks_are_asked_to_save_and_the_job_goes_on_later(j
     status, output = job.run("run.yaml", EP_MAX_STALLED="1")
     assert status == 0
     assert "time is nearly up" in output
-    assert "scancel --signal=TERM 7" in job.calls
+    assert "scancel --signal=USR1 7" in job.calls
     assert "scontrol requeue 7" in job.calls
 
 
