@@ -113,7 +113,8 @@ def register_dispatcher(config: Config) -> None:
     import megatron_ep
 
     options: dict[str, Any] = {
-        name: getattr(config.ep, name) for name in ("num_sms", "timeout_s", "pool_bytes")
+        name: getattr(config.ep, name)
+        for name in ("num_chunks", "num_sms", "timeout_s", "pool_bytes")
     }
     if config.ep.reference:
         from ep_kernels.reference import Buffer

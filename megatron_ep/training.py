@@ -10,6 +10,7 @@ Trainer.train()
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import signal
@@ -29,6 +30,7 @@ from megatron_ep.metrics import Reporter
 from megatron_ep.model import unwrap
 from megatron_ep.optim import build_optimizer, build_scheduler
 from megatron_ep.ranks import Ranks, data_parallel_size
+from megatron_ep.trace import active_tracer, hidden_fraction, write_trace
 
 logger = logging.getLogger("megatron_ep")
 
@@ -136,7 +138,8 @@ class Trainer:
         previous = self._catch_signals()
         try:
             while self.progress.iteration < settings.train_iters:
-                step = self.step(data)
+                with self._tracing():
+                    step = self.step(data)
                 interval.losses.append(step.loss)
                 interval.num_skipped += step.was_skipped
                 self.reporter.advance(step.loss)
@@ -153,6 +156,7 @@ class Trainer:
                 if self._time_is_up(begin):
                     break
             is_complete = self.progress.iteration >= settings.train_iters
+            self._write_trace()
             if self.config.checkpoint.save_at_end or not is_complete:
                 self._save()
         finally:
@@ -162,6 +166,32 @@ class Trainer:
         if not is_complete:
             logger.info("stopped after step %d", self.progress.iteration)
         return is_complete
+
+    def _tracing(self) -> contextlib.AbstractContextManager[None]:
+        """Around the next step: records its timeline if it is one of those asked for."""
+        settings, tracer = self.config.logging, active_tracer()
+        num_before = self.progress.iteration + 1 - settings.trace_first_step
+        if tracer is None or not 0 <= num_before < settings.trace_num_steps:
+            return contextlib.nullcontext()
+        return tracer.recording()
+
+    def _write_trace(self) -> None:
+        path, tracer = self.config.logging.trace, active_tracer()
+        if path is None or tracer is None:
+            return
+        spans_of_ranks: list[Any] = [None] * self.ranks.world_size
+        torch.distributed.all_gather_object(spans_of_ranks, tracer.spans())
+        if self.ranks.rank != 0:
+            return
+        write_trace(path, spans_of_ranks)
+        hidden = [hidden_fraction(spans) or 0.0 for spans in spans_of_ranks]
+        logger.info(
+            "wrote %s; hidden communication / communication: %.2f (ranks: %.2f to %.2f)",
+            path,
+            sum(hidden) / len(hidden),
+            min(hidden),
+            max(hidden),
+        )
 
     def step(self, data: list[Iterator[Batch]]) -> StepResult:
         """One update of the weights."""

@@ -10,7 +10,12 @@ from megatron_ep.config.schema import Config
 
 def check_rules(config: Config) -> list[str]:
     """What is wrong with the combination of settings."""
-    return [*_model_rules(config), *_moe_rules(config), *_training_rules(config)]
+    return [
+        *_model_rules(config),
+        *_moe_rules(config),
+        *_training_rules(config),
+        *_ep_rules(config),
+    ]
 
 
 def check_world_size(config: Config, world_size: int) -> list[str]:
@@ -46,6 +51,12 @@ def check_world_size(config: Config, world_size: int) -> list[str]:
                 f"divisible by micro_batch_size * data parallel size = {per_pass}"
             )
     return problems
+
+
+def _ep_rules(config: Config) -> Iterator[str]:
+    is_ours = config.moe.moe_token_dispatcher_type == "deepep" and config.moe.num_experts
+    if config.logging.trace is not None and not is_ours:
+        yield "logging.trace needs moe.moe_token_dispatcher_type = deepep, whose transfers it shows"
 
 
 def _expert_tp_hint(config: Config) -> str:

@@ -324,6 +324,12 @@ class LoggingSection(Section):
     """Show one on rank 0."""
     moe_per_layer_logging: bool = True
     """Report the load of experts for each layer."""
+    trace: str | None = None
+    """Timeline of transfers and experts in some steps, a JSON file for Perfetto; CPU ranks only."""
+    trace_first_step: PositiveInt = 5
+    """First step of the timeline."""
+    trace_num_steps: PositiveInt = 3
+    """Steps of the timeline."""
 
 
 class EPSection(Section):
@@ -335,6 +341,8 @@ class EPSection(Section):
     """How long a rank waits for a silent peer."""
     pool_bytes: PositiveInt | None = None
     """Memory for results on each rank."""
+    num_chunks: PositiveInt | Literal["auto"] = 1
+    """Cut a micro-batch into so many parts, whose transfers overlap with the experts of others."""
     reference: bool = False
     """Use ep_kernels.reference (plain PyTorch) in place of the compiled library."""
 

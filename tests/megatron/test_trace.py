@@ -4,6 +4,7 @@ import json
 
 import moe_layers as layers
 import pytest
+import training_runs as runs
 from moe_layers import Case, Grid
 
 from megatron_ep import trace
@@ -45,6 +46,26 @@ def test_every_transfer_and_every_run_of_the_experts_is_recorded(ranks, num_chun
     assert len(drawn) == sum(map(len, spans_of_ranks))
     assert {event["pid"] for event in drawn} == {0, 1}
     assert min(event["ts"] for event in drawn) == 0
+
+
+def test_training_writes_a_timeline_of_the_steps_asked_for(programs, corpus, tmp_path):
+    path = tmp_path / "trace.json"
+    flags = ["--trace", path, "--trace-first-step", 3, "--trace-num-steps", 2]
+    done = runs.train(programs, corpus, tmp_path / "run", *flags, "--ep-num-chunks", 2)
+    runs.check(done)
+    assert "hidden communication / communication:" in done.output
+    events = json.loads(path.read_text())["traceEvents"]
+    transfers = [event["name"] for event in events if event["ph"] == "X" and event["tid"] == 1]
+    # For each of 2 ranks, 2 steps and 2 chunks: forward and backward of every layer.
+    assert transfers.count("dispatch") == transfers.count("combine") > 0
+    assert transfers.count("dispatch") % (2 * 2 * 2 * 2) == 0
+
+
+def test_a_timeline_of_another_dispatcher_is_refused(programs, corpus, tmp_path):
+    flags = ["--trace", tmp_path / "t.json", "--moe-token-dispatcher-type", "alltoall"]
+    done = runs.train(programs, corpus, tmp_path / "run", *flags)
+    assert done.returncode != 0
+    assert "logging.trace needs moe.moe_token_dispatcher_type = deepep" in done.output
 
 
 def test_hidden_fraction_of_transfers():
