@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -15,15 +16,18 @@ class QueuedCall:
         self._body: Callable[[], None] | None = body
         self._error: Exception | None = None
         self._finished = threading.Event()
+        self._interval = (0, 0)
 
     def run(self) -> None:
         assert self._body is not None
+        begin_ns = time.monotonic_ns()
         try:
             self._body()
         except Exception as error:
             self._error = error.with_traceback(None)  # which would keep the call's tensors alive
         finally:
             self._body = None
+            self._interval = begin_ns, time.monotonic_ns()
             self._finished.set()
 
     def is_finished(self) -> bool:
@@ -36,6 +40,10 @@ class QueuedCall:
             raise self._error.with_traceback(None)
 
     make_current_stream_wait = wait
+
+    def interval(self) -> tuple[int, int]:
+        """When it ran, in nanoseconds of time.monotonic_ns(); only after it has finished."""
+        return self._interval
 
 
 class CallQueue:

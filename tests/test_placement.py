@@ -109,7 +109,7 @@ def test_replicas_of_an_expert_keep_apart():
 
 
 def test_a_skewed_load_is_balanced():
-    """256 experts, zipf-distributed; a ninth of the slots for replicas brings the ranks together."""
+    """256 experts, zipf-distributed; a ninth of the slots for replicas evens the ranks out."""
     loads = make_loads("zipf", 256)
     before = measure(linear_placement(256, 32), loads).ranks
     moved = measure(place_experts(loads, num_ranks=32), loads).ranks
