@@ -43,6 +43,8 @@ CXX_FLAGS = [
     *("-std=c++17", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", "-pthread"),
     # NOTE: without this g++ fuses a * b + c where the CPU can, and SIMD paths differ in their bits.
     "-ffp-contract=off",
+    # Nobody looks at floating-point exceptions; otherwise g++ keeps branches for their sake.
+    "-fno-trapping-math",
     *("-Wall", "-Wextra"),
 ]
 # NOTE: CUDA builds of torch load libraries that export parts of the C++ standard library, and those

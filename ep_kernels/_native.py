@@ -18,7 +18,7 @@ LIB_DIR = Path(__file__).resolve().parent / "lib"
 CPU_LIBRARY = LIB_DIR / "libep_cpu.so"
 
 CONFIG_ERROR, PEER_ERROR, DEVICE_ERROR, TIMEOUT_ERROR = 1, 2, 3, 4
-PHASES = {1: "slot", 2: "notify", 3: "offer", 4: "transfer"}
+PHASES = {1: "slot", 2: "notify", 3: "offer", 4: "transfer", 5: "rows", 6: "return"}
 
 
 class ErrorRecord(Structure):

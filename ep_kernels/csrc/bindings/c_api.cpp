@@ -12,10 +12,6 @@ struct EpBlock {
   int64_t offset;
 };
 
-struct EpOp {
-  std::shared_ptr<ep::PendingOp> impl;
-};
-
 using ep::guarded;
 
 namespace {

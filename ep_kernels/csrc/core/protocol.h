@@ -20,10 +20,12 @@ constexpr int kMaxText = 512;
 /// What a rank waits for; part of a timeout record.
 enum class Phase : int32_t {
   kNone = 0,
-  kSlot = 1,   ///< a peer to finish the call that used this slot before
-  kPost = 2,   ///< a peer to make the same call
-  kOffer = 3,  ///< a peer to say where its receive memory is
-  kDone = 4,   ///< a peer to finish its part of the call
+  kSlot = 1,    ///< a peer to finish the call that used this slot before
+  kPost = 2,    ///< a peer to make the same call
+  kOffer = 3,   ///< a peer to say where its receive memory is
+  kDone = 4,    ///< a peer to finish its part of the call
+  kRows = 5,    ///< a peer to send its rows (low-latency mode)
+  kReturn = 6,  ///< a masked peer to come back (low-latency mode)
 };
 
 EP_HOST_DEVICE const char* phase_name(Phase phase) {
@@ -36,6 +38,10 @@ EP_HOST_DEVICE const char* phase_name(Phase phase) {
       return "to offer its receive memory";
     case Phase::kDone:
       return "to finish its part of the call";
+    case Phase::kRows:
+      return "to send its rows";
+    case Phase::kReturn:
+      return "to come back, un-masked";
     default:
       return "";
   }

@@ -102,9 +102,8 @@ void Buffer::run_call(uint64_t seq, Body&& body) {
   }
 }
 
-template <typename Body>
-std::shared_ptr<PendingOp> Buffer::start(bool is_async, Body&& body) {
-  auto op = std::make_shared<PendingOp>(std::forward<Body>(body));
+std::shared_ptr<PendingOp> Buffer::start(bool is_async, std::function<void()> body) {
+  auto op = std::make_shared<PendingOp>(std::move(body));
   if (is_async) {
     queue_.submit(op);
   } else {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -62,7 +63,7 @@ class Buffer {
   /// Waits for calls under way, leaves the group, drops the peers' memory. Idempotent.
   void destroy();
 
-  // For calls whose steps are ordered elsewhere, because they go over several nodes.
+  // For calls whose steps are ordered elsewhere: over several nodes, and in low-latency mode.
 
   Transfer transfer() { return {group_, *exchange_, threads_}; }
   int num_local_ranks() const { return config_.exchange.num_local_ranks; }
@@ -74,14 +75,14 @@ class Buffer {
   std::vector<int64_t> posted_capacities(uint64_t seq) const;
   /// This rank gave up: refuses further use, tells the node's ranks.
   void fail(const std::string& message, const TimeoutRecord& record);
+  /// Runs `body` after all calls before it.
+  std::shared_ptr<PendingOp> start(bool is_async, std::function<void()> body);
 
  private:
   /// Runs one call's body: afterwards the peers are told that this rank is through with it, or
   /// whom it gave up on.
   template <typename Body>
   void run_call(uint64_t seq, Body&& body);
-  template <typename Body>
-  std::shared_ptr<PendingOp> start(bool is_async, Body&& body);
   void move_rows(uint64_t seq, const HtDispatchArgs& args, const std::vector<Offer>& offers);
 
   Config config_;

@@ -47,6 +47,13 @@ class Exchange {
 
   bool is_local(int rank) const { return rank >= local_begin_ && rank < local_end_; }
   uint8_t* pool(int local) const { return segments_[local]->data() + layout_.num_bytes; }
+
+  // What the low-latency calls need besides.
+  Doorbell& doorbell(int rank) const { return *word<Doorbell>(rank, layout_.doorbell); }
+  /// Why the peer of `waiting` will never come, or empty; makes the culprit the record's peer.
+  std::string peer_problem(TimeoutRecord& waiting) const;
+  bool has_ended(int rank) const { return processes_[rank - local_begin_].has_ended(); }
+
   const Config& config() const { return config_; }
 
   // The steps of a call, in order. `seq` is the number of the call.
@@ -83,7 +90,6 @@ class Exchange {
   PeerLine& line(int owner, int src) const {
     return word<PeerLine>(owner, layout_.peer_lines)[src];
   }
-  Doorbell& doorbell(int rank) const { return *word<Doorbell>(rank, layout_.doorbell); }
 
   int proxy_of(int rank) const { return local_begin_ + rank % config_.num_local_ranks; }
 
@@ -91,8 +97,6 @@ class Exchange {
   /// writes it.
   void wait_flag(const uint64_t* flag, uint64_t expected, int peer, Phase phase);
   [[noreturn]] void throw_expired(TimeoutRecord& record) const;
-  /// Why the peer of `waiting` will never come, or empty; makes the culprit the record's peer.
-  std::string peer_problem(TimeoutRecord& waiting) const;
   void check_agreement(uint64_t seq) const;
 
   Config config_;

@@ -8,13 +8,15 @@ namespace ep::cpu {
 
 /// Adds rows in the order given, starting from +0, then the biases, and rounds once to the element
 /// type (nearest, ties to even; every NaN becomes the canonical quiet NaN). Accumulates in fp32,
-/// fp64 rows in fp64. All variants give the same bits.
+/// fp64 rows in fp64. With weights a row is multiplied by its weight first, and the product is
+/// rounded before it is added. All variants give the same bits.
 struct ReduceArgs {
   void* out;                  ///< [hidden]
   const void* const* rows;    ///< [num_rows] -> [hidden]
   const void* const* biases;  ///< [num_biases] -> [hidden]
   int num_rows, num_biases;
-  int64_t hidden;  ///< elements
+  int64_t hidden;                  ///< elements
+  const float* weights = nullptr;  ///< [num_rows], or null: every row counts once
 };
 
 using ReduceFn = void (*)(const ReduceArgs&);

@@ -14,6 +14,9 @@ struct Floats {
   using Register = __m256;
   static Register zero() { return _mm256_setzero_ps(); }
   static Register add(Register a, Register b) { return _mm256_add_ps(a, b); }
+  static Register scale(Register a, float weight) {
+    return _mm256_mul_ps(a, _mm256_set1_ps(weight));
+  }
   static __m256i is_nan(Register a) {
     return _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   }
@@ -64,6 +67,9 @@ struct FP64Vector {
   using Register = __m256d;
   static Register zero() { return _mm256_setzero_pd(); }
   static Register add(Register a, Register b) { return _mm256_add_pd(a, b); }
+  static Register scale(Register a, float weight) {
+    return _mm256_mul_pd(a, _mm256_set1_pd(double{weight}));
+  }
   static Register load(const double* p) { return _mm256_loadu_pd(p); }
   static void store(double* p, Register sum) {
     const __m256d quiet = _mm256_castsi256_pd(_mm256_set1_epi64x(0x7ff8000000000000));

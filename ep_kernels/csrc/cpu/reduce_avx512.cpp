@@ -17,6 +17,9 @@ struct Floats {
   using Register = __m512;
   static Register zero() { return _mm512_setzero_ps(); }
   static Register add(Register a, Register b) { return _mm512_add_ps(a, b); }
+  static Register scale(Register a, float weight) {
+    return _mm512_mul_ps(a, _mm512_set1_ps(weight));
+  }
   static Register clean(Register a) {
     const __m512 quiet = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000));
     return _mm512_mask_mov_ps(a, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), quiet);
@@ -63,6 +66,9 @@ struct FP64Vector {
   using Register = __m512d;
   static Register zero() { return _mm512_setzero_pd(); }
   static Register add(Register a, Register b) { return _mm512_add_pd(a, b); }
+  static Register scale(Register a, float weight) {
+    return _mm512_mul_pd(a, _mm512_set1_pd(double{weight}));
+  }
   static Register load(const double* p) { return _mm512_loadu_pd(p); }
   static void store(double* p, Register sum) {
     const __m512d quiet = _mm512_castsi512_pd(_mm512_set1_epi64(0x7ff8000000000000));

@@ -5,7 +5,7 @@ namespace {
 
 template <typename Element>
 void reduce(const ReduceArgs& args) {
-  reduce_elements<Element>(args, 0);
+  args.weights ? reduce_elements<Element, true>(args, 0) : reduce_elements<Element, false>(args, 0);
 }
 
 }  // namespace

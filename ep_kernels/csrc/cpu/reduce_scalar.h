@@ -79,7 +79,7 @@ struct FP64 {
 };
 
 /// Elements [begin, hidden) of the reduction.
-template <typename Element>
+template <typename Element, bool kIsWeighted>
 void reduce_elements(const ReduceArgs& args, int64_t begin) {
   using Storage = typename Element::Storage;
   const auto element = [](const void* row, int64_t i) {
@@ -87,7 +87,10 @@ void reduce_elements(const ReduceArgs& args, int64_t begin) {
   };
   for (int64_t i = begin; i < args.hidden; ++i) {
     typename Element::Acc sum = 0;
-    for (int row = 0; row < args.num_rows; ++row) sum += element(args.rows[row], i);
+    for (int row = 0; row < args.num_rows; ++row) {
+      const typename Element::Acc value = element(args.rows[row], i);
+      sum += kIsWeighted ? value * args.weights[row] : value;
+    }
     for (int bias = 0; bias < args.num_biases; ++bias) sum += element(args.biases[bias], i);
     static_cast<Storage*>(args.out)[i] = Element::store(sum);
   }

@@ -1,0 +1,111 @@
+#include "cpu/ll_exchange.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace ep::cpu {
+
+LlExchange::LlExchange(Exchange& exchange, const Config& config)
+    : exchange_(exchange),
+      config_(config),
+      layout_(exchange.config().num_ranks, exchange.config().num_experts) {}
+
+void LlExchange::mask(int peer) {
+  if (masked_.has(peer)) return;
+  masked_.add(peer);
+  __atomic_store_n(&mask_line(peer, rank()).state, kLlMasked, __ATOMIC_SEQ_CST);
+  ring(exchange_.doorbell(peer));
+}
+
+uint64_t LlExchange::unmask(int peer, uint64_t next_number) {
+  uint64_t* theirs = &mask_line(peer, rank()).state;
+  uint64_t wish = ll_wish(next_number);
+  store_flag(theirs, wish);
+  ring(exchange_.doorbell(peer));
+
+  TimeoutRecord record{rank(), static_cast<int32_t>(Phase::kReturn), peer, 1, 0};
+  std::string what;
+  const auto look = [&] { what = exchange_.peer_problem(record); };
+  const auto is_over = [&] { return is_wanted_by(peer) || !what.empty(); };
+  const auto deadline = Clock::now() + std::chrono::microseconds(exchange_.config().timeout_us);
+  wait_until(exchange_.doorbell(rank()), deadline, is_over, look);
+  // Withdrawn if the peer has not taken it; if it has, its own wish is here.
+  if (!is_wanted_by(peer) && __atomic_compare_exchange_n(theirs, &wish, kLlMasked, false,
+                                                         __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+    throw TimeoutError(what.empty() ? too_late(record) : what, record);
+  const uint64_t answer = mask_state(peer);
+  store_flag(&mask_line(rank(), peer).state, kLlTogether);
+  masked_.remove(peer);
+  return std::max(next_number, answer - ll_wish(0));
+}
+
+void LlExchange::send_post(uint64_t number, int attempt, const LlPost& post,
+                           const int32_t* counts) {
+  const size_t count_bytes = sizeof(int32_t) * exchange_.config().num_experts;
+  for (int peer = 0; peer < num_ranks(); ++peer) {
+    if (!is_active(peer)) continue;
+    uint64_t* flag = post_flag(number, peer, rank());
+    LlPost& slot = this->post(number, peer, rank());
+    if (attempt > 0) {  // the peer may be reading: what it copies meanwhile does not count
+      __atomic_store_n(flag, 0, __ATOMIC_RELAXED);
+      __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    }
+    slot = post;
+    if (counts) std::memcpy(reinterpret_cast<int32_t*>(&slot + 1), counts, count_bytes);
+    store_flag(flag, ll_post_flag(number, attempt));
+    ring(exchange_.doorbell(peer));
+  }
+}
+
+bool LlExchange::read_post(uint64_t number, int peer, LlPost* post, uint64_t* seen) const {
+  const uint64_t* flag = post_flag(number, rank(), peer);
+  *seen = load_flag(flag);
+  if (*seen < ll_post_flag(number, 0)) return false;
+  *post = this->post(number, rank(), peer);
+  __atomic_thread_fence(__ATOMIC_ACQUIRE);
+  return __atomic_load_n(flag, __ATOMIC_RELAXED) == *seen;
+}
+
+const int32_t* LlExchange::counts(uint64_t number, int src) const {
+  return reinterpret_cast<const int32_t*>(&post(number, rank(), src) + 1);
+}
+
+void LlExchange::send_done(uint64_t number, const RankSet& view) {
+  for (int peer = 0; peer < num_ranks(); ++peer) {
+    if (!is_active(peer)) continue;
+    LlDoneLine& line = done_line(number, peer, rank());
+    line.view = view;
+    store_flag(&line.flag, number + 1);
+    ring(exchange_.doorbell(peer));
+  }
+}
+
+bool LlExchange::has_done(uint64_t number, int peer) const {
+  return load_flag(&done_line(number, rank(), peer).flag) >= number + 1;
+}
+
+bool LlExchange::wait_done(uint64_t number, int peer, RankSet* view) {
+  const LlDoneLine& line = done_line(number, rank(), peer);
+  const bool is_there = wait(peer, Phase::kRows, number + 1, [&](uint64_t* seen) {
+    *seen = load_flag(&line.flag);
+    return *seen >= number + 1;
+  });
+  if (is_there) *view = line.view;
+  return is_there;
+}
+
+std::string LlExchange::problem(TimeoutRecord& record) const {
+  std::string what = exchange_.peer_problem(record);
+  if (what.empty() && has_left(record.peer))
+    what = concat("rank ", record.peer, " has masked rank ", rank(), ", which was waiting for it ",
+                  phase_name(static_cast<Phase>(record.phase)));
+  return what;
+}
+
+std::string LlExchange::too_late(const TimeoutRecord& record) const {
+  return concat("rank ", rank(), " waited ", exchange_.config().timeout_us * 1e-6, " s for rank ",
+                record.peer, " ", phase_name(static_cast<Phase>(record.phase)), ": expected ",
+                record.expected, ", seen ", record.seen);
+}
+
+}  // namespace ep::cpu
