@@ -12,6 +12,11 @@ from ep_kernels.errors import EPConfigError, EPDeviceError, EPError, EPTimeoutEr
 from ep_kernels.event import Event
 from ep_kernels.handle import CombineResult, DispatchHandle, DispatchLayout, DispatchResult
 from ep_kernels.lanes import ScaleoutStats
+from ep_kernels.ll_handle import (
+    LowLatencyCombineResult,
+    LowLatencyDispatchResult,
+    LowLatencyHandle,
+)
 from ep_kernels.topology import Topology
 from ep_kernels.version import __version__
 
@@ -27,6 +32,9 @@ __all__ = [
     "EPTimeoutError",
     "Event",
     "Layout",
+    "LowLatencyCombineResult",
+    "LowLatencyDispatchResult",
+    "LowLatencyHandle",
     "ScaleoutStats",
     "Topology",
     "__version__",

@@ -18,18 +18,21 @@ from ep_kernels import env
 from ep_kernels.backend import Backend, CallOptions
 from ep_kernels.bootstrap import Bootstrap, make_bootstrap
 from ep_kernels.config import ExpertToRank, Layout, Settings, agree_on_settings
-from ep_kernels.errors import EPConfigError
+from ep_kernels.errors import EPConfigError, EPDeviceError
 from ep_kernels.event import Event
 from ep_kernels.handle import CombineResult, DispatchHandle, DispatchLayout, DispatchResult
 from ep_kernels.ht import HighThroughput, NewRouting
 from ep_kernels.lanes import ScaleoutStats
+from ep_kernels.ll import LowLatency
+from ep_kernels.ll_calls import LowLatencyCalls
+from ep_kernels.ll_checks import GroupSizes
 from ep_kernels.registry import register
 from ep_kernels.topology import Topology, find_topology
 
 _open_buffers: weakref.WeakSet[Buffer] = weakref.WeakSet()
 
 
-class Buffer:
+class Buffer(LowLatencyCalls):
     """Symmetric memory of one rank, and the all-to-all over it.
 
     Calls are collective: every rank of the group makes the same calls in the same order, also when
@@ -56,6 +59,9 @@ class Buffer:
         num_local_ranks: ranks per node; a token crosses the network once per node (see
             docs/multi-node.md). None: those that run in one place, as found.
         staging_bytes: limit of the memory for rows on their way between nodes. None: 32 MiB.
+        low_latency_bytes: memory for low-latency calls besides, see low_latency_size_hint(); CPU.
+        mask_silent_ranks: a rank that is dead or silent is left out of low-latency calls from then
+            on, and reported, instead of EPTimeoutError.
 
     Raises:
         EPConfigError: an argument is wrong, ranks disagree, or nodes are uneven; on all ranks.
@@ -80,6 +86,8 @@ class Buffer:
         num_sms: int | None = None,
         num_local_ranks: int | None = None,
         staging_bytes: int | None = None,
+        low_latency_bytes: int = 0,
+        mask_silent_ranks: bool = False,
     ) -> None:
         bootstrap = make_bootstrap(group)
         self._backend: Backend | None = None
@@ -96,6 +104,8 @@ class Buffer:
                 num_sms=num_sms,
                 num_local_ranks=num_local_ranks,
                 staging_bytes=staging_bytes,
+                low_latency_bytes=low_latency_bytes,
+                mask_silent_ranks=mask_silent_ranks,
             ),
         )
         self.topology = find_topology(bootstrap, settings.num_local_ranks)
@@ -115,6 +125,7 @@ class Buffer:
             num_local_experts=self.num_local_experts,
             num_sms=self.num_sms,
         )
+        self._low_latency = self._make_low_latency(settings)
         self.name = register(self)  # in operators, see ops.py
         _open_buffers.add(self)
 
@@ -256,7 +267,11 @@ class Buffer:
 
     def barrier(self) -> None:
         """Returns once every rank has called it and all earlier calls have finished."""
-        self._usable_backend().barrier()
+        backend = self._usable_backend()
+        if self._low_latency is not None:  # leaves masked ranks out
+            self._low_latency.barrier()
+        else:
+            backend.barrier()
 
     def destroy(self) -> None:
         """Waits for calls under way and leaves the group; peers that still call get an error.
@@ -277,6 +292,25 @@ class Buffer:
         if getattr(self, "_backend", None) is not None:
             self.destroy()
 
+    def _make_low_latency(self, settings: Settings) -> LowLatency | None:
+        if settings.low_latency_bytes == 0:
+            return None
+        from ep_kernels.cpu_backend import CpuBackend
+        from ep_kernels.cpu_ll import CpuLowLatency
+
+        assert isinstance(self._backend, CpuBackend)
+        region = CpuLowLatency(
+            self._backend,
+            settings.low_latency_bytes,
+            mask_silent_ranks=settings.mask_silent_ranks,
+        )
+        group = GroupSizes(
+            num_ranks=self.num_ranks,
+            num_experts=self.num_experts,
+            num_local_experts=self.num_local_experts,
+        )
+        return LowLatency(region, group, rank=self.rank, num_sms=self.num_sms)
+
     def _usable(self) -> HighThroughput:
         self._usable_backend()
         return self._calls
@@ -290,12 +324,22 @@ class Buffer:
 def _make_backend(bootstrap: Bootstrap, settings: Settings, topology: Topology) -> Backend:
     if settings.device == "cpu":
         if topology.num_nodes > 1:
+            if settings.low_latency_bytes:
+                raise EPConfigError(
+                    f"low_latency_bytes={settings.low_latency_bytes}: the group spans "
+                    f"{topology.num_nodes} nodes; low-latency mode works within one"
+                )
             from ep_kernels.hierarchical import HierarchicalBackend
 
             return HierarchicalBackend(bootstrap, settings, topology)
         from ep_kernels.cpu_backend import CpuBackend
 
         return CpuBackend(bootstrap, settings, topology)
+    if settings.low_latency_bytes:
+        raise EPDeviceError(
+            f"low_latency_bytes={settings.low_latency_bytes} with device={settings.device}: "
+            "low-latency mode on CUDA is not part of this version"
+        )
     if topology.num_nodes > 1:
         raise EPConfigError(
             f"device={settings.device!r}: the group spans {topology.num_nodes} nodes of "

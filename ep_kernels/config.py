@@ -76,6 +76,8 @@ class Settings:
     num_sms: int | None
     num_local_ranks: int | None
     staging_bytes: int
+    low_latency_bytes: int
+    mask_silent_ranks: bool
 
     # May differ between ranks; the kind of device may not.
     LOCAL = ("timeout_s", "num_sms", "device", "staging_bytes")
@@ -93,6 +95,8 @@ class Settings:
         num_sms: int | None,
         num_local_ranks: int | None,
         staging_bytes: int | None,
+        low_latency_bytes: int = 0,
+        mask_silent_ranks: bool = False,
     ) -> Settings:
         """Fills defaults in. Raises EPConfigError naming the argument and its value."""
         name = _check_device(device)
@@ -109,7 +113,20 @@ class Settings:
             staging_bytes=int(
                 _positive("staging_bytes", staging_bytes, lambda: DEFAULT_STAGING_BYTES)
             ),
+            low_latency_bytes=_check_low_latency_bytes(low_latency_bytes),
+            mask_silent_ranks=bool(mask_silent_ranks),
         )
+
+    @property
+    def total_pool_bytes(self) -> int:
+        """The low-latency region, which is the first range of the pool, and the rest of it."""
+        return self.pool_bytes + -(-self.low_latency_bytes // 4096) * 4096
+
+
+def _check_low_latency_bytes(value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise EPConfigError(f"low_latency_bytes={value!r} is not a number of bytes")
+    return value
 
 
 def _check_num_local_ranks(value: int | None, num_ranks: int) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,6 +55,15 @@ class _CpuOperation:
         self._library.ep_op_release(self._op)
 
 
+def _tensor(address: int, shape: tuple[int, ...], dtype: torch.dtype, *, keep: Any) -> torch.Tensor:
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes == 0:
+        return torch.empty(shape, dtype=dtype)
+    memory = (ctypes.c_uint8 * num_bytes).from_address(address)
+    memory.keep = keep  # type: ignore[attr-defined]  # lives as long as the tensor
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
+
+
 class CpuBackend:
     """One rank's end of the memory that the ranks of a node share.
 
@@ -67,7 +77,8 @@ class CpuBackend:
         self._library = _native.cpu_library()
         self._pid = os.getpid()
         self._pool_base = 0
-        self._pool_bytes = settings.pool_bytes
+        self._pool_bytes = settings.total_pool_bytes
+        self._when_destroyed: list[Callable[[], None]] = []
         self._pending: list[tuple[_CpuOperation, Any]] = []
         self._buffer: int | None = None
         self._num_ranks, self._num_experts = bootstrap.num_ranks, settings.num_experts
@@ -89,7 +100,7 @@ class CpuBackend:
             num_experts=settings.num_experts,
             num_local_ranks=topology.num_local_ranks,
             expert_rank=ctypes.addressof(experts),
-            pool_bytes=settings.pool_bytes,
+            pool_bytes=self._pool_bytes,
             timeout_us=int(settings.timeout_s * 1e6),
         )
         out = ctypes.c_void_p()
@@ -148,9 +159,13 @@ class CpuBackend:
         if num_bytes == 0:
             return torch.empty(shape, dtype=dtype)
         block, address, _ = self._allocate(num_bytes)
-        memory = (ctypes.c_uint8 * num_bytes).from_address(address)
-        memory.block = block  # type: ignore[attr-defined]  # lives as long as the tensor
-        return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
+        return _tensor(address, shape, dtype, keep=block)
+
+    def view(
+        self, offset: int, shape: tuple[int, ...], dtype: torch.dtype, *, keep: Any
+    ) -> torch.Tensor:
+        """A tensor at an offset of the pool; `keep`, a tensor in the pool, lives as long."""
+        return _tensor(self._pool_base + offset, shape, dtype, keep=keep)
 
     def pool_offset(self, tensor: torch.Tensor) -> int | None:
         """Offset of a contiguous tensor in the pool, None if it lies elsewhere."""
@@ -257,14 +272,29 @@ class CpuBackend:
         _native.call(self._library.ep_refuse, self._buffer, reason.encode())
 
     def _event(self, op: ctypes.c_void_p, keep: Any, options: CallOptions) -> Event:
+        if options.async_op:
+            return self.make_event(op, keep)
+        _CpuOperation(self._library, op.value or 0)  # over, and released at once
+        return Event()
+
+    def make_event(self, op: ctypes.c_void_p, keep: Any) -> Event:
+        """The end of a call; `keep` is kept alive until then."""
         assert op.value is not None
+        self.poll()
         operation = _CpuOperation(self._library, op.value)
-        if not options.async_op:
-            return Event()
         self._pending.append((operation, keep))
         return Event(operation)
 
     # End
+
+    @property
+    def core(self) -> int | None:
+        """The compiled buffer; None after destroy()."""
+        return self._buffer
+
+    def when_destroyed(self, function: Callable[[], None]) -> None:
+        """Calls `function` once no call can run any more, before the compiled buffer is gone."""
+        self._when_destroyed.append(function)
 
     def destroy(self) -> None:
         """Leaves the group; results stay valid. Idempotent; does nothing in a forked child."""
@@ -272,6 +302,8 @@ class CpuBackend:
             return
         buffer, self._buffer = self._buffer, None
         _native.call(self._library.ep_buffer_destroy, buffer)
+        while self._when_destroyed:
+            self._when_destroyed.pop()()
         self._library.ep_buffer_delete(buffer)
         self._pending.clear()
 

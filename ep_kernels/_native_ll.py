@@ -1,0 +1,89 @@
+"""The low-latency part of the compiled CPU core, as `_native.py` (`csrc/bindings/ll_api.h`)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import POINTER, Structure, c_char_p, c_int32, c_int64, c_uint64, c_void_p
+
+from ep_kernels._native import CPU_LIBRARY, ErrorRecord, Signatures, load_library
+
+RECEIVE_NOW, RECEIVE_ASYNC, RECEIVE_LATER = 0, 1, 2
+
+
+class LlSizes(Structure):
+    _fields_ = [
+        ("num_tokens", c_int64),
+        ("num_max_tokens_per_rank", c_int64),
+        ("hidden", c_int64),
+        ("num_topk", c_int32),
+        ("format", c_int32),
+        ("num_threads", c_int32),
+        ("unused", c_int32),
+    ]
+
+
+class LlDispatchArgs(Structure):
+    _fields_ = [
+        ("x", c_void_p),
+        ("topk_idx", c_void_p),
+        ("experts", c_void_p),
+        ("rows", c_void_p),
+        ("recv_count", c_void_p),
+        ("recv_rank_counts", c_void_p),
+        ("missing", c_void_p),
+        ("cumulative_recv_stats", c_void_p),
+        ("wait_recv_cost_stats", c_void_p),
+        ("cumulative_stats_bytes", c_int64),
+        ("sizes", LlSizes),
+    ]
+
+
+class LlCombineArgs(Structure):
+    _fields_ = [
+        ("x", c_void_p),
+        ("topk_idx", c_void_p),
+        ("topk_weights", c_void_p),
+        ("experts", c_void_p),
+        ("rows", c_void_p),
+        ("out", c_void_p),
+        ("missing", c_void_p),
+        ("wait_recv_cost_stats", c_void_p),
+        ("dispatch", c_uint64),
+        ("wire", c_int32),
+        ("is_zero_copy", c_int32),
+    ]
+
+
+_ERROR = POINTER(ErrorRecord)
+_OUT = POINTER(c_void_p)
+_NUMBER = POINTER(c_uint64)
+_SIGNATURES: Signatures = {
+    "ep_ll_abi_sizes": (None, [POINTER(c_int32)]),
+    "ep_ll_region_bytes": (c_int64, [POINTER(LlSizes), c_int32, c_int32, c_int32]),
+    "ep_ll_half_offsets": (None, [POINTER(LlSizes), c_int32, c_int32, POINTER(c_int64)]),
+    "ep_ll_create": (c_int32, [c_void_p, c_int64, c_int64, c_int32, _OUT, _ERROR]),
+    "ep_ll_delete": (None, [c_void_p]),
+    "ep_ll_dispatch": (
+        c_int32,
+        [c_void_p, POINTER(LlDispatchArgs), c_int32, _NUMBER, POINTER(c_int64), _OUT, _ERROR],
+    ),
+    "ep_ll_combine": (
+        c_int32,
+        [c_void_p, POINTER(LlCombineArgs), c_int32, _NUMBER, _OUT, _ERROR],
+    ),
+    "ep_ll_receive": (c_int32, [c_void_p, c_uint64, _ERROR]),
+    "ep_ll_release": (None, [c_void_p, c_uint64]),
+    "ep_ll_barrier": (c_int32, [c_void_p, _ERROR]),
+    "ep_ll_refuse": (c_int32, [c_void_p, c_char_p, _ERROR]),
+    "ep_ll_mask": (c_int32, [c_void_p, c_int32, _ERROR]),
+    "ep_ll_unmask": (c_int32, [c_void_p, c_int32, _ERROR]),
+    "ep_ll_query_mask": (c_int32, [c_void_p, c_void_p, _ERROR]),
+}
+
+
+@functools.cache
+def ll_library() -> ctypes.CDLL:
+    """Loads the CPU core's low-latency interface. Raises EPDeviceError as load_library()."""
+    mirrors = (LlSizes, LlDispatchArgs, LlCombineArgs)
+    return load_library(CPU_LIBRARY, _SIGNATURES, "ep_ll_abi_sizes", mirrors)
