@@ -111,3 +111,22 @@ def test_a_workspace_keeps_its_memory():
     workspace = Workspace()
     first = workspace.get("rows", (4, 2), torch.float32)
     assert workspace.get("rows", (3, 2), torch.float32).data_ptr() == first.data_ptr()
+
+
+@pytest.mark.parametrize("options", [[], ["--zero-copy"]], ids=str)
+def test_low_latency_calls_are_timed_against_bare_all_to_alls(tmp_path, options):
+    file = tmp_path / "bench.jsonl"
+    done = run_bench("--ranks", "2", "--low-latency", *options, "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for contender in ("ep_kernels", "gloo"):
+        ops = {line["op"] for line in lines if line["contender"] == contender}
+        assert ops == {"dispatch", "combine", "dispatch + combine"}
+
+
+def test_low_latency_bytes_are_those_of_the_rows_by_expert():
+    topk_idx = torch.tensor([[0, 1, 2]])
+    num_bytes = bytes_to_move(make_workload(low_latency=True), topk_idx)
+    assert num_bytes["dispatch"] == 4 * (1 + 3)
+    assert num_bytes["combine"] == 4 * (3 + 1)
+    assert num_bytes["dispatch + combine"] == 4 * (1 + 3 + 3 + 1)

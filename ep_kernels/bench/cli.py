@@ -26,6 +26,10 @@ LAYOUTS = {
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(argv)
+    if options.tokens is None:
+        options.tokens = 128 if options.low_latency else 4096
+    if options.hidden is None:
+        options.hidden = 7168 if options.low_latency else 2048
     if problem := _problem(options):
         parser.error(problem)
     contenders = list(options.contenders)
@@ -68,8 +72,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     sizes = parser.add_argument_group("workload")
     sizes.add_argument("--ranks", type=int, default=2, help="processes (default 2)")
-    sizes.add_argument("--tokens", type=int, default=4096, help="per rank (default 4096)")
-    sizes.add_argument("--hidden", type=int, default=2048, help="elements per token (2048)")
+    sizes.add_argument(
+        "--low-latency", action="store_true",
+        help="time low-latency calls against bare all-to-alls of the same rows",
+    )  # fmt: skip
+    sizes.add_argument("--zero-copy", action="store_true", help="of low-latency combine")
+    sizes.add_argument("--tokens", type=int, help="per rank (default 4096; low latency 128)")
+    sizes.add_argument("--hidden", type=int, help="elements per token (2048; low latency 7168)")
     sizes.add_argument("--topk", type=int, default=8, help="experts per token (8)")
     sizes.add_argument("--experts", type=int, default=64, help="in total (64)")
     sizes.add_argument("--dtype", choices=DTYPES, default="bf16")
@@ -105,6 +114,8 @@ def _problem(options: argparse.Namespace) -> str:
         return f"--experts={options.experts} is not divisible by --ranks={options.ranks}"
     if options.topk > options.experts:
         return f"--topk={options.topk} exceeds --experts={options.experts}"
+    if options.low_latency and options.dtype != "bf16":
+        return f"--dtype={options.dtype}: low-latency rows are bf16"
     return ""
 
 
@@ -121,4 +132,6 @@ def _workload(options: argparse.Namespace) -> Workload:
         layouts=LAYOUTS[options.layout],
         num_threads=options.threads or max(1, num_cores // options.ranks),
         seed=options.seed,
+        low_latency=options.low_latency,
+        zero_copy=options.zero_copy,
     )

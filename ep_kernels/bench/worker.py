@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from ep_kernels import reference
 from ep_kernels.bench.contenders import Contender, EpKernels, Memcpy, PermuteAllToAll
+from ep_kernels.bench.low_latency import low_latency_contenders, region_bytes
 from ep_kernels.bench.timing import summarise, time_op
 from ep_kernels.bench.transports import GlooTransport, MpiTransport
 from ep_kernels.bench.workload import (
@@ -102,7 +103,11 @@ def _run(job: Job, rank: int, comm: Any) -> dict[str, Any]:
     num_bytes = bytes_to_move(workload, inputs.topk_idx)
     buffer = None
     if "ep_kernels" in job.contenders:
-        buffer = Buffer(num_experts=workload.num_experts, num_sms=workload.num_threads)
+        buffer = Buffer(
+            num_experts=workload.num_experts,
+            num_sms=workload.num_threads,
+            low_latency_bytes=region_bytes(workload) if workload.low_latency else 0,
+        )
     contenders = _make_contenders(job, inputs, buffer, comm)
     contenders.append(Memcpy(num_bytes[MEMCPY] // 2, workload.num_threads))
     durations = _time_rounds(job, contenders)
@@ -131,6 +136,8 @@ def _run(job: Job, rank: int, comm: Any) -> dict[str, Any]:
 
 
 def _make_contenders(job: Job, inputs: Inputs, buffer: Buffer | None, comm: Any) -> list[Contender]:
+    if job.workload.low_latency:
+        return low_latency_contenders(job.contenders, buffer, job.workload, inputs, comm)
     contenders: list[Contender] = []
     for name in job.contenders:
         if name == "ep_kernels":

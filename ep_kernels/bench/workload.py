@@ -15,6 +15,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DISPATCH = {"rank_major": "dispatch rank-major", "expert_major": "dispatch expert-major"}
 COMBINE = {"rank_major": "combine rank-major", "expert_major": "combine expert-major"}
 LAYER = "layer"
+LL_DISPATCH, LL_COMBINE, LL_PAIR = "dispatch", "combine", "dispatch + combine"
 MEMCPY = "memcpy"
 
 MIN_MEMCPY_BYTES = 2 << 20
@@ -35,6 +36,8 @@ class Workload:
         layouts: which of "rank_major", "expert_major" dispatch and combine are timed in.
         num_threads: threads of each rank.
         seed: of inputs and routing.
+        low_latency: time the low-latency calls instead.
+        zero_copy: low-latency combine reads its rows where the experts wrote them.
     """
 
     num_ranks: int
@@ -47,6 +50,8 @@ class Workload:
     layouts: tuple[str, ...]
     num_threads: int
     seed: int
+    low_latency: bool = False
+    zero_copy: bool = False
 
     @property
     def num_local_experts(self) -> int:
@@ -59,14 +64,17 @@ class Workload:
     @property
     def ops(self) -> tuple[str, ...]:
         """Operations in the order in which they are timed: combine takes what dispatch left."""
+        if self.low_latency:
+            return (LL_DISPATCH, LL_COMBINE, LL_PAIR)
         pairs = [op for layout in self.layouts for op in (DISPATCH[layout], COMBINE[layout])]
         return (*pairs, LAYER)
 
     def describe(self) -> str:
+        mode = "low-latency: " if self.low_latency else ""
         return (
-            f"{self.num_ranks} ranks x {self.num_threads} threads, each with {self.num_tokens} "
-            f"tokens of hidden {self.hidden} {self.dtype}, top-{self.num_topk} of "
-            f"{self.num_experts} experts, {self.routing} routing"
+            f"{mode}{self.num_ranks} ranks x {self.num_threads} threads, each with "
+            f"{self.num_tokens} tokens of hidden {self.hidden} {self.dtype}, "
+            f"top-{self.num_topk} of {self.num_experts} experts, {self.routing} routing"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -117,5 +125,8 @@ def bytes_to_move(workload: Workload, topk_idx: torch.Tensor) -> dict[str, int]:
     num_moved[LAYER] = num_moved[DISPATCH["expert_major"]] + num_moved[COMBINE["expert_major"]]
     num_bytes = {op: rows * workload.row_bytes for op, rows in num_moved.items()}
     # As much as a dispatch, so that caches help the copies no more and no less.
-    num_bytes[MEMCPY] = max(MIN_MEMCPY_BYTES, num_bytes[DISPATCH["expert_major"]])
-    return num_bytes
+    memcpy_bytes = max(MIN_MEMCPY_BYTES, num_bytes[DISPATCH["expert_major"]])
+    if workload.low_latency:  # its rows are those of the expert-major layout
+        ways = (DISPATCH["expert_major"], COMBINE["expert_major"], LAYER)
+        num_bytes = {op: num_bytes[way] for op, way in zip(workload.ops, ways)}
+    return num_bytes | {MEMCPY: memcpy_bytes}
