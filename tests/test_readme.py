@@ -12,27 +12,38 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def code_blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def code_blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def test_the_example_runs_under_torchrun_as_printed(tmp_path):
-    (example,) = code_blocks("python")
+def run_example(example, folder):
+    """Runs it with the command that README.md gives for its own."""
     (command,) = [text for text in code_blocks("bash") if "example.py" in text]
-    (tmp_path / "example.py").write_text(example)
+    (folder / "example.py").write_text(example)
     words = command.split()
     assert words[0] == "torchrun"
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *words[1:]],
         capture_output=True,
         text=True,
-        cwd=tmp_path,
+        cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"rank [01]: \d+ rows for experts", done.stdout)) == 2
+    return done.stdout
+
+
+def test_the_example_runs_under_torchrun_as_printed(tmp_path):
+    (example,) = code_blocks("python")
+    output = run_example(example, tmp_path)
+    assert len(re.findall(r"rank [01]: \d+ rows for experts", output)) == 2
+
+
+def test_the_example_of_low_latency_mode_runs_as_printed(tmp_path):
+    (example,) = code_blocks("python", (ROOT / "docs" / "low-latency.md").read_text())
+    run_example(example, tmp_path)
 
 
 def test_the_example_has_about_20_lines():
