@@ -10,7 +10,7 @@ import training
 
 # A step takes about 50 ms; under load, starting takes most of the time.
 START_TIMEOUT_S = 120.0
-DISPATCHER = "alltoall"  # deepep needs the ranks of a group on one host
+DISPATCHER = "deepep"
 FLAGS = ["--train-iters", "80", "--save-interval", "5", "--lr-warmup-iters", "5"]
 FLAGS += ["--moe-token-dispatcher-type", DISPATCHER]
 SUBMIT = training.ROOT / "scripts/slurm/submit.sh"
