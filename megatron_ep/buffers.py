@@ -29,6 +29,8 @@ class Options:
         num_sms: worker threads (CPU) of each transfer.
         timeout_s: how long a rank waits for a silent peer.
         pool_bytes: limit of the memory for results on this rank.
+        num_local_ranks: ranks per node.
+        staging_bytes: limit of the memory for rows on their way between nodes.
         buffer_class: called as ep_kernels.Buffer is (None: that one), for instance
             ep_kernels.reference.Buffer.
     """
@@ -37,6 +39,8 @@ class Options:
     num_sms: int | None = None
     timeout_s: float | None = None
     pool_bytes: int | None = None
+    num_local_ranks: int | None = None
+    staging_bytes: int | None = None
     buffer_class: Callable[..., Any] | None = None
 
 

@@ -54,6 +54,15 @@ def test_layer_agrees_on_the_reference_buffer(ranks, num_ranks, grid):
     check(ranks, grid, [Case()], atol=1e-12, buffer_class=reference.Buffer)
 
 
+@pytest.mark.parametrize(
+    ("num_ranks", "grid", "num_local_ranks"), [(4, Grid(ep=4), 2), (4, Grid(ep=2), 1)]
+)
+def test_layer_agrees_over_several_nodes(ranks, num_ranks, grid, num_local_ranks):
+    """To the bit: two addends have one order."""
+    cases = [Case(topk=k, dtype=torch.float32) for k in (1, 2)]
+    check(ranks, grid, cases, atol=0, num_local_ranks=num_local_ranks)
+
+
 def test_layer_agrees_in_bf16_with_two_experts_per_token(ranks):
     """More would not: alltoall rounds after each addition, combine only once."""
     cases = [Case(num_experts=e, topk=k, dtype=torch.bfloat16) for e in (4, 8) for k in (1, 2)]
