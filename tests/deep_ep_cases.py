@@ -7,13 +7,16 @@ received row tells where it is from.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
+import ep_kernels
 from ep_kernels import EPConfigError, deep_ep
 from ep_kernels.testing import make_routing
 
@@ -311,6 +314,26 @@ def check_several_numbers_of_experts(rank: int, backend: str) -> None:
             assert difference(combined, batch.x * ranks.sum(1, keepdim=True)) < MAX_DIFF_BF16
 
 
+def check_two_nodes(rank: int) -> None:
+    """Ranks of one machine taken for two nodes."""
+    num_local_ranks = dist.get_world_size() // 2
+    on_nodes = functools.partial(ep_kernels.Buffer, num_local_ranks=num_local_ranks)
+    with (
+        mock.patch.object(ep_kernels, "Buffer", on_nodes),
+        buffer_and_batch(rank, "cpu") as (buffer, batch),
+    ):
+        per_node, in_rank = batch.layout["num_tokens_per_rdma_rank"], batch.is_token_in_rank
+        for node in range(2):
+            its_ranks = slice(node * num_local_ranks, (node + 1) * num_local_ranks)
+            assert per_node[node] == in_rank[:, its_ranks].any(dim=1).sum()
+        recv_x, _, _, _, handle, _ = buffer.dispatch(batch.marked, **batch.routing)
+        check_marked_rows(recv_x, handle, rank)
+        recv_x, *_ = buffer.dispatch(batch.x, handle=handle)
+        combined, _, _ = buffer.combine(recv_x, handle)
+        want = batch.x * in_rank.sum(dim=1, keepdim=True)
+        assert difference(combined, want) < MAX_DIFF_BF16
+
+
 def check_missing_layout(rank: int, backend: str) -> str:
     with buffer_and_batch(rank, backend) as (buffer, batch):
         try:
@@ -335,3 +358,130 @@ def round_trip_over(comm: Any) -> None:
     combined, _, _ = buffer.combine(recv_x, handle)
     assert torch.equal(combined, x * size)
     buffer.destroy()
+
+
+# Low-latency calls
+
+LL_TOKENS, LL_MAX_TOKENS, LL_HIDDEN = (9, 0, 12, 1), 12, 512
+LL_MAX_DIFF = {False: 1e-5, True: 9e-4}  # by whether anything travels in fp8
+
+
+@contextlib.contextmanager
+def low_latency_buffer(rank: int, **options: Any) -> Iterator[tuple[deep_ep.Buffer, Batch]]:
+    size = dist.get_world_size()
+    num_bytes = deep_ep.Buffer.get_low_latency_rdma_size_hint(
+        LL_MAX_TOKENS, LL_HIDDEN, size, NUM_EXPERTS
+    )
+    buffer = deep_ep.Buffer(
+        dist.group.WORLD, 0, num_bytes, low_latency_mode=True, explicitly_destroy=True, **options
+    )
+    num_tokens = LL_TOKENS[rank]
+    topk_idx, weights = make_routing("masked", num_tokens, NUM_TOPK, NUM_EXPERTS, seed=rank)
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(num_tokens, LL_HIDDEN, generator=generator).bfloat16()
+    yield (
+        buffer,
+        Batch(
+            x=x,
+            marked=torch.full_like(x, rank),
+            topk_idx=topk_idx,
+            topk_weights=weights.float(),
+            layout={},
+        ),
+    )
+    buffer.destroy()
+
+
+def ll_dispatch(buffer: deep_ep.Buffer, batch: Batch, **options: Any) -> Any:
+    """A low-latency dispatch, waited for: rows as bf16, counts, handle."""
+    packed, counts, handle, event, hook = buffer.low_latency_dispatch(
+        batch.x, batch.topk_idx, LL_MAX_TOKENS, NUM_EXPERTS, **options
+    )
+    if options.get("return_recv_hook"):
+        hook()
+    event.current_stream_wait()
+    return (packed if torch.is_tensor(packed) else dequantized(*packed)), counts, handle
+
+
+def dequantized(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """bf16 rows; scales are column-major floats or packed exponents."""
+    assert scales.stride(-2) == 1
+    if scales.dtype == torch.int32:
+        packed = scales.clone(memory_format=torch.contiguous_format)
+        exponents = packed.view(torch.uint8).to(torch.int32)
+        scales = (exponents << 23).view(torch.float32)
+    groups = rows.float().unflatten(-1, (-1, 128)) * scales[..., None]
+    return groups.flatten(-2).bfloat16()
+
+
+def check_low_latency(rank: int, dispatch: dict[str, Any], combine: dict[str, Any]) -> None:
+    """Rows come back as the weighted sum of what every expert got, and counts are everybody's."""
+    use_fp8 = dispatch.get("use_fp8", True)
+    num_local = NUM_EXPERTS // dist.get_world_size()
+    with low_latency_buffer(rank) as (buffer, batch):
+        stats = torch.zeros(num_local, dtype=torch.int32)
+        waited = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+        rows, counts, handle = ll_dispatch(
+            buffer,
+            batch,
+            cumulative_local_expert_recv_stats=stats,
+            dispatch_wait_recv_cost_stats=waited,
+            **dispatch,
+        )
+        assert rows.shape == (num_local, dist.get_world_size() * LL_MAX_TOKENS, LL_HIDDEN)
+        chosen = batch.topk_idx[batch.topk_idx >= 0].bincount(minlength=NUM_EXPERTS)
+        mine = sum_over_ranks(chosen)[rank * num_local : (rank + 1) * num_local]
+        assert torch.equal(counts.long(), mine)
+        assert torch.equal(stats, counts)
+        if combine.get("zero_copy"):
+            place = buffer.get_next_low_latency_combine_buffer(handle)
+            place.copy_(rows)
+            rows = place
+        out = torch.empty_like(batch.x) if combine.pop("out", False) else None
+        combined, event, hook = buffer.low_latency_combine(
+            rows, batch.topk_idx, batch.topk_weights, handle, out=out, **combine
+        )
+        if combine.get("return_recv_hook"):
+            hook()
+        event.current_stream_wait()
+        assert out is None or combined.data_ptr() == out.data_ptr()
+        weights = batch.topk_weights.masked_fill(batch.topk_idx < 0, 0).sum(1, keepdim=True)
+        is_lossy = use_fp8 or combine.get("use_logfmt", False)
+        limit = LL_MAX_DIFF[is_lossy] * (2 if use_fp8 and combine.get("use_logfmt") else 1)
+        assert difference(combined, batch.x.float() * weights) < limit
+
+
+def check_low_latency_memory(rank: int) -> None:
+    with low_latency_buffer(rank) as (buffer, batch):
+        buffer.clean_low_latency_buffer(LL_MAX_TOKENS, LL_HIDDEN, NUM_EXPERTS)
+        with contextlib.suppress(EPConfigError):
+            buffer.clean_low_latency_buffer(LL_MAX_TOKENS, 4 * LL_HIDDEN, NUM_EXPERTS)
+            raise AssertionError("a shape that does not fit is accepted")
+        with contextlib.suppress(EPConfigError):
+            buffer.low_latency_query_mask_buffer(torch.zeros(2, dtype=torch.int32))
+            raise AssertionError("masks are there without enable_shrink")
+    plain = deep_ep.Buffer(dist.group.WORLD, 0, 1000)
+    with contextlib.suppress(EPConfigError):
+        plain.low_latency_dispatch(batch.x, batch.topk_idx, LL_MAX_TOKENS, NUM_EXPERTS)
+        raise AssertionError("low-latency calls are there without the mode")
+
+
+def check_masks(rank: int) -> None:
+    """A rank that the others mask is left out until they take it back."""
+    size, masked = dist.get_world_size(), dist.get_world_size() - 1
+    status = torch.full((size,), 7, dtype=torch.int32)
+    with low_latency_buffer(rank, enable_shrink=True) as (buffer, batch):
+        ll_dispatch(buffer, batch, use_fp8=False)
+        dist.barrier()
+        if rank != masked:
+            buffer.low_latency_update_mask_buffer(masked, True)
+            buffer.low_latency_query_mask_buffer(status)
+            assert status.tolist() == [0] * masked + [1]
+            _, counts, _ = ll_dispatch(buffer, batch, use_fp8=False)
+            chosen = batch.topk_idx[batch.topk_idx >= 0].bincount(minlength=NUM_EXPERTS)
+            assert (counts <= sum(LL_TOKENS[:masked])).all()
+            assert len(chosen) == NUM_EXPERTS
+        dist.barrier()
+        buffer.low_latency_clean_mask_buffer()
+        buffer.low_latency_query_mask_buffer(status)
+        assert status.tolist() == [0] * size

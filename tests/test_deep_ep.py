@@ -80,9 +80,61 @@ def test_a_buffer_serves_several_numbers_of_experts(ranks, backend):
     ranks.run(cases.check_several_numbers_of_experts, backend)
 
 
+@pytest.mark.parametrize("num_ranks", [2, 4], ids="R{}".format)
+def test_groups_may_span_nodes(ranks, backend, num_ranks):
+    if backend == "cpu":
+        ranks.run(cases.check_two_nodes)
+
+
 def test_a_missing_layout_is_named(ranks, backend):
     for message in ranks.run(cases.check_missing_layout, backend):
         assert "num_tokens_per_rank" in message
+
+
+# Low-latency calls, on the CPU
+
+LL_DISPATCHES = {
+    "bf16": {"use_fp8": False},
+    "fp8": {},
+    "round_scale": {"round_scale": True},
+    "ue8m0": {"round_scale": True, "use_ue8m0": True},
+    "hook": {"return_recv_hook": True},
+    "async": {"async_finish": True},
+}
+
+LL_COMBINES = {
+    "plain": {},
+    "logfmt": {"use_logfmt": True},
+    "zero_copy": {"zero_copy": True},
+    "out": {"out": True},
+    "hook": {"return_recv_hook": True},
+    "async": {"async_finish": True},
+}
+
+
+@over_ranks
+@pytest.mark.parametrize("name", list(LL_DISPATCHES))
+def test_low_latency_dispatch_delivers_rows_and_counts(ranks, backend, num_ranks, name):
+    if backend == "cpu":
+        ranks.run(cases.check_low_latency, LL_DISPATCHES[name], {})
+
+
+@over_ranks
+@pytest.mark.parametrize("name", list(LL_COMBINES))
+def test_low_latency_combine_sums_with_weights(ranks, backend, num_ranks, name):
+    if backend == "cpu":
+        ranks.run(cases.check_low_latency, LL_DISPATCHES["bf16"], LL_COMBINES[name])
+
+
+def test_low_latency_memory_is_checked(ranks, backend):
+    if backend == "cpu":
+        ranks.run(cases.check_low_latency_memory)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4], ids="R{}".format)
+def test_masked_ranks_are_left_out(ranks, backend, num_ranks):
+    if backend == "cpu":
+        ranks.run(cases.check_masks)
 
 
 # Programs that import deep_ep

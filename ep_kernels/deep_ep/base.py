@@ -13,6 +13,8 @@ from ep_kernels.deep_ep.utils import EventHandle, EventOverlap
 from ep_kernels.errors import EPConfigError
 from ep_kernels.event import Event
 
+Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
 
 class BufferBase:
     """A buffer without its calls; see Buffer.
@@ -23,10 +25,12 @@ class BufferBase:
     Args:
         group: process group.
         num_nvl_bytes: bytes of get_local_buffer_tensor(); results take pool memory of their own.
-        num_rdma_bytes: the same with use_rdma_buffer=True.
+        num_rdma_bytes: the same with use_rdma_buffer=True; with low_latency_mode, memory of the
+            low-latency calls besides.
         comm: mpi4py communicator, used instead of a group.
         enable_shrink: masks of ranks work (low-latency calls).
-        low_latency_mode, num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl,
+        low_latency_mode: low-latency calls will be made.
+        num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl,
         use_fabric, explicitly_destroy: accepted, without effect.
 
     Raises:
@@ -145,8 +149,12 @@ class BufferBase:
             raise EPConfigError("this buffer was destroyed and cannot be used any more")
         key = (num_experts, device)
         if key not in self._buffers:
+            options: dict[str, Any] = {}
+            if self.low_latency_mode:
+                options["low_latency_bytes"] = self.num_rdma_bytes
+                options["mask_silent_ranks"] = self.enable_shrink
             self._buffers[key] = ep_kernels.Buffer(
-                self._group_or_comm, num_experts=num_experts, device=device
+                self._group_or_comm, num_experts=num_experts, device=device, **options
             )
         return self._buffers[key]
 

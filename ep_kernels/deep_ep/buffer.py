@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ep_kernels.deep_ep.high_throughput import HighThroughputCalls
+from ep_kernels.deep_ep.low_latency import LowLatencyCalls
 
 
-class Buffer(HighThroughputCalls):
+class Buffer(HighThroughputCalls, LowLatencyCalls):
     """Dispatch and combine over the ranks of a group, called as DeepEP V1 is called.
 
     See BufferBase for the constructor's arguments.

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 
 import ep_kernels
-from ep_kernels.deep_ep.base import BufferBase, check_order, end_of, wait_for
+from ep_kernels.deep_ep.base import BufferBase, Rows, check_order, end_of, wait_for
 from ep_kernels.deep_ep.config import Config
 from ep_kernels.deep_ep.handle import DispatchHandle
 from ep_kernels.deep_ep.utils import EventHandle, EventOverlap
 from ep_kernels.errors import EPConfigError
-
-Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 class HighThroughputCalls(BufferBase):
@@ -40,18 +38,20 @@ class HighThroughputCalls(BufferBase):
             allocate_on_comm_stream: needs both.
 
         Returns:
-            [R] int32 tokens for each rank, None (tokens for each node), [E] int32 tokens for each
-            expert, [T, R] bool whether the token goes to the rank, and the event.
+            [R] int32 tokens for each rank, [nodes] int32 tokens for each node (None on one node),
+            [E] int32 tokens for each expert, [T, R] bool whether the token goes to the rank, and
+            the event.
 
         Raises:
             EPConfigError: shape or dtype; on the CPU also the range of the indices.
         """
         check_order(previous_event, async_finish, allocate_on_comm_stream)
         wait_for(previous_event)
-        layout = self._buffer(num_experts, topk_idx.device).get_dispatch_layout(topk_idx)
+        buffer = self._buffer(num_experts, topk_idx.device)
+        layout = buffer.get_dispatch_layout(topk_idx)
         return (
             layout.num_tokens_per_rank,
-            None,
+            _tokens_per_node(layout.is_token_in_rank, buffer),
             layout.num_tokens_per_expert,
             layout.is_token_in_rank,
             EventOverlap(EventHandle() if async_finish else None),
@@ -218,6 +218,16 @@ def _contiguous_scales(x: Rows) -> Rows:
 
 def _rows_of(result: ep_kernels.DispatchResult) -> Rows:
     return result.recv_x if result.recv_scales is None else (result.recv_x, result.recv_scales)
+
+
+def _tokens_per_node(
+    is_token_in_rank: torch.Tensor, buffer: ep_kernels.Buffer
+) -> torch.Tensor | None:
+    """[nodes] int32, tokens with a choice on the node; None on one node."""
+    if buffer.topology.num_nodes == 1:
+        return None
+    by_node = is_token_in_rank.unflatten(1, (-1, buffer.topology.num_local_ranks))
+    return by_node.any(dim=2).sum(dim=0).int()
 
 
 def _one_expert_per_rank(is_token_in_rank: torch.Tensor, buffer: ep_kernels.Buffer) -> torch.Tensor:
