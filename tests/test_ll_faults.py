@@ -143,6 +143,7 @@ def on_rank_stopped(rank):
     group = Group(rank, timeout_s=STOP_S)
     pids = gather_pids()
     assert group.round() == []
+    dist.barrier()
     if rank == VICTIM:
         time.sleep(60)
     if rank == 0:

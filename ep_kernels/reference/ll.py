@@ -55,7 +55,9 @@ def fp8_cast(
     """
     groups = x.float().unflatten(1, (-1, SCALE_GROUP))
     amax = groups.abs().nan_to_num(nan=0.0, posinf=float("inf")).amax(2).clamp(min=MIN_AMAX)
-    scales, inverse = amax / E4M3_MAX, E4M3_MAX / amax
+    # NOTE: torch divides a number by a tensor as the number times the reciprocal.
+    largest = torch.full_like(amax, E4M3_MAX)
+    scales, inverse = amax / largest, largest / amax
     if round_scale:
         exponents = (scales.view(torch.int32) + 0x7FFFFF) >> 23
         scales = (exponents << 23).view(torch.float32)
