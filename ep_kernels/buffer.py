@@ -61,7 +61,8 @@ class Buffer(LowLatencyCalls):
         staging_bytes: limit of the memory for rows on their way between nodes. None: 32 MiB.
         low_latency_bytes: memory for low-latency calls besides, see low_latency_size_hint(); CPU.
         mask_silent_ranks: a rank that is dead or silent is left out of low-latency calls from then
-            on, and reported, instead of EPTimeoutError.
+            on, and reported, instead of EPTimeoutError. Masking a rank that may still write takes
+            up to low_latency_bytes of the pool, until it has ended or is back.
 
     Raises:
         EPConfigError: an argument is wrong, ranks disagree, or nodes are uneven; on all ranks.

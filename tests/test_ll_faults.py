@@ -13,6 +13,7 @@ import threading
 import time
 from dataclasses import replace
 
+import cases
 import ll_cases
 import pytest
 import torch
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from ll_cases import Case, World
 from test_faults import LONG_S, SOON_S, die, die_after, error_of, timed_error_of
 
+from ep_kernels import Buffer
 from ep_kernels.errors import EPTimeoutError
 from ep_kernels.testing import assert_bitwise_equal
 
@@ -31,7 +33,7 @@ STOP_S = 1.5  # timeout of the tests that wait for it; shorter ones fail on a bu
 
 class Group:
     """A buffer, and rounds of dispatch, experts and combine whose results can be checked with any
-    ranks missing: the experts double what they get."""
+    ranks missing: the experts give back what they get."""
 
     def __init__(self, rank, case=CASE, **options):
         self.rank, self.world = rank, World(case, rank)
@@ -43,7 +45,7 @@ class Group:
         self.check_dispatch(result)
         world, rank = self.world, self.rank
         combined = self.buffer.low_latency_combine(
-            result.recv_x * 2, world.topk_idxs[rank], world.topk_weights[rank], result.handle
+            result.recv_x, world.topk_idxs[rank], world.topk_weights[rank], result.handle
         )
         self.check_combine(combined)
         return (result.missing_ranks | combined.missing_ranks).nonzero().flatten().tolist()
@@ -64,7 +66,7 @@ class Group:
 
     def check_combine(self, result):
         world, rank = self.world, self.rank
-        idx, weights, y = world.topk_idxs[rank], world.topk_weights[rank], world.xs[rank] * 2
+        idx, weights, y = world.topk_idxs[rank], world.topk_weights[rank], world.xs[rank]
         total = torch.zeros(y.shape)
         owners = world.placement.ranks_of_choices(idx)
         for k in range(idx.shape[1]):
@@ -233,6 +235,42 @@ def test_a_rank_that_stops_is_masked_and_can_come_back(launch, number, is_exhaus
     for seed in range(10 * number, 10 * number + (10 if is_exhaustive else 1)):
         case = LARGE if number & 1 else CASE
         launch(on_rank_stops_and_returns, case, seed, num_ranks=3)
+
+
+def on_rank_stops_while_it_copies(rank):
+    """The victim has many rows to write when it is stopped; it writes the rest when it is resumed,
+    while the others receive in the same halves. Every element of a row is its rank + 1."""
+    num_tokens, most, hidden = (20, 1024, 400), 1024, 7168
+    sizes = dict(num_max_tokens_per_rank=most, num_experts=6)
+    buffer = cases.make_buffer(
+        "cpu",
+        num_experts=6,
+        low_latency_bytes=Buffer.low_latency_size_hint(hidden=hidden, num_ranks=3, **sizes),
+        timeout_s=STOP_S,
+        mask_silent_ranks=True,
+        pool_bytes=1 << 30,
+    )
+    topk_idx = torch.arange(6).repeat(num_tokens[rank], 1)
+    x = torch.full((num_tokens[rank], hidden), rank + 1, dtype=torch.bfloat16)
+    pids = gather_pids()
+    dist.barrier()
+    if rank == 0:
+        threading.Timer(0.005, stop, [pids]).start()
+    result = buffer.low_latency_dispatch(x, topk_idx, **sizes)
+    for i in range(0 if rank == VICTIM else 40):
+        if rank == 0 and i == 5:
+            os.kill(pids[VICTIM], signal.SIGCONT)
+        result = buffer.low_latency_dispatch(x, topk_idx, **sizes)
+        time.sleep(0.002)
+        assert result.recv_rank_counts.tolist() == [[20, 0, 400]] * 2
+        assert (result.recv_x[:, :20] == 1).all()
+        assert (result.recv_x[:, 20:420] == 3).all()
+    dist.barrier()
+    buffer.destroy()
+
+
+def test_what_a_stopped_rank_still_writes_harms_nobody(launch):
+    launch(on_rank_stops_while_it_copies, num_ranks=3)
 
 
 def on_rank_masked_by_call(rank, silent):
