@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import pickle
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any, Protocol
 
-from ep_kernels.errors import EPConfigError
+from ep_kernels import env
+from ep_kernels.errors import EPConfigError, EPDeviceError, EPTimeoutError
 
 
 class Bootstrap(Protocol):
@@ -27,6 +32,7 @@ class _TorchBootstrap:
                 "torch.distributed.init_process_group() first, or pass an mpi4py communicator"
             )
         self._group = group
+        self.name = (group or dist.distributed_c10d._get_default_group()).group_name
         self.rank = dist.get_rank(group)
         self.num_ranks = dist.get_world_size(group)
         if self.rank < 0:
@@ -50,12 +56,101 @@ class MpiBootstrap:
         return list(self.comm.allgather(value))
 
 
-def make_bootstrap(group: Any) -> Bootstrap:
-    """Wraps a torch.distributed process group (None = the default one) or an mpi4py communicator.
+class _SubsetBootstrap:
+    """Some ranks of a process group, which exchange their objects through its store: the others,
+    which may be dead, are not needed.
 
     Raises:
-        EPConfigError: `group` is neither, or this process is not in it.
+        EPConfigError: this rank is not among them.
+        EPDeviceError: the process that kept the store is gone.
     """
+
+    def __init__(self, group: _TorchBootstrap, ranks: Sequence[int], timeout_s: float) -> None:
+        import torch.distributed as dist
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        if group.rank not in ranks:
+            raise EPConfigError(f"ranks={list(ranks)} lacks this rank, {group.rank}")
+        self._ranks, self._timeout_s, self._num_steps = ranks, timeout_s, 0
+        self.rank, self.num_ranks = ranks.index(group.rank), len(ranks)
+        store = _get_default_store()
+        key = f"ep_kernels/{group.name}/{'-'.join(map(str, ranks))}"
+        with _reporting_lost_store():
+            # Ranks of an earlier buffer of the same ranks have all entered before any enters again.
+            generation = (store.add(key, 1) - 1) // len(ranks)
+        self._store = dist.PrefixStore(f"{key}/{generation}", store)
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """NOTE: raises EPTimeoutError naming a rank that does not come."""
+        step, self._num_steps = self._num_steps, self._num_steps + 1
+        keys = [f"{step}/{rank}" for rank in self._ranks]
+        with _reporting_lost_store():
+            self._store.set(keys[self.rank], pickle.dumps(value).hex())
+            for rank, key in zip(self._ranks, keys, strict=True):
+                self._wait(rank, key)
+            texts = [self._store.get(key).decode() for key in keys]
+        return [pickle.loads(bytes.fromhex(text)) for text in texts]
+
+    def _wait(self, rank: int, key: str) -> None:
+        import torch.distributed as dist
+
+        try:
+            self._store.wait([key], timedelta(seconds=self._timeout_s))
+        except dist.DistNetworkError:
+            raise
+        except RuntimeError:  # of a type that depends on the store
+            raise EPTimeoutError(
+                f"rank {self._ranks[self.rank]} waited {self._timeout_s:g} s for rank {rank} to "
+                f"make a buffer of ranks {list(self._ranks)}",
+                rank=self._ranks[self.rank],
+                phase="bootstrap",
+                peer=rank,
+            ) from None
+
+
+@contextlib.contextmanager
+def _reporting_lost_store() -> Iterator[None]:
+    import torch.distributed as dist
+
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        raise EPDeviceError(
+            "the store of the process group is gone with the process that kept it, so that no "
+            f"buffer of the remaining ranks can be made: {error}"
+        ) from None
+
+
+def make_bootstrap(
+    group: Any, *, ranks: Sequence[int] | None = None, timeout_s: float | None = None
+) -> Bootstrap:
+    """Wraps a torch.distributed process group (None = the default one) or an mpi4py communicator.
+
+    Args:
+        group: to wrap.
+        ranks: those of the group that take part; None for all.
+        timeout_s: how long they wait for each other; None for the default.
+
+    Raises:
+        EPConfigError: `group` is neither, this process is not in it, or ranks are not ranks of it.
+        EPDeviceError: ranks cannot be reached.
+    """
+    bootstrap = _wrap_group(group)
+    if ranks is None:
+        return bootstrap
+    if not isinstance(bootstrap, _TorchBootstrap):
+        raise EPConfigError(f"ranks={ranks!r} needs a torch.distributed process group")
+    if sorted(set(ranks)) != list(ranks) or not set(ranks) <= set(range(bootstrap.num_ranks)):
+        raise EPConfigError(
+            f"ranks={ranks!r} are not ascending ranks of the group, 0 to {bootstrap.num_ranks - 1}"
+        )
+    wait_s = env.default_timeout_s()
+    if isinstance(timeout_s, (int, float)) and timeout_s > 0:  # else refused with the rest
+        wait_s = timeout_s
+    return _SubsetBootstrap(bootstrap, list(ranks), wait_s)
+
+
+def _wrap_group(group: Any) -> Bootstrap:
     if hasattr(group, "Get_rank") and hasattr(group, "allgather"):
         return MpiBootstrap(group)
     if group is not None and not hasattr(group, "size"):

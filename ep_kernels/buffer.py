@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ class Buffer(LowLatencyCalls):
     Args:
         group: torch.distributed process group (None: the default one) or mpi4py communicator.
             Used here, to exchange a few objects, and never again.
+        ranks: those of the group that take part, ascending; the others need not call, or be alive.
+            They are numbered anew from 0. None: all. Needs a group of torch.distributed.
         num_experts: E.
         expert_to_rank: [E] rank of each expert, or "linear" (also None): blocks of E / R experts in
             order, or "round_robin": expert e on rank e mod R. The experts of a rank are numbered
@@ -66,19 +69,28 @@ class Buffer(LowLatencyCalls):
 
     Raises:
         EPConfigError: an argument is wrong, ranks disagree, or nodes are uneven; on all ranks.
-        EPDeviceError: no shared memory, or no connection between nodes.
+        EPDeviceError: no shared memory, or no connection between nodes; or ranks are given and the
+            process that kept the group's store is gone.
+        EPTimeoutError: one of the given ranks does not come.
 
     Example:
         >>> with Buffer(num_experts=8) as buffer:
         ...     result = buffer.dispatch(x, topk_idx, topk_weights, layout=Layout.EXPERT_MAJOR)
         ...     y = experts(result.recv_x, result.expert_offsets)
         ...     out = buffer.combine(y, result.handle).x
+
+        To go on without a rank that was lost:
+        >>> except EPTimeoutError as error:
+        ...     buffer.destroy()
+        ...     remaining = [rank for rank in remaining if rank != error.peer]
+        ...     buffer = Buffer(ranks=remaining, num_experts=8, expert_to_rank=new_placement)
     """
 
     def __init__(
         self,
         group: Any = None,
         *,
+        ranks: Sequence[int] | None = None,
         num_experts: int,
         expert_to_rank: ExpertToRank = None,
         device: str | torch.device = "cpu",
@@ -90,7 +102,7 @@ class Buffer(LowLatencyCalls):
         low_latency_bytes: int = 0,
         mask_silent_ranks: bool = False,
     ) -> None:
-        bootstrap = make_bootstrap(group)
+        bootstrap = make_bootstrap(group, ranks=ranks, timeout_s=timeout_s)
         self._backend: Backend | None = None
         self.rank, self.num_ranks = bootstrap.rank, bootstrap.num_ranks
         settings = agree_on_settings(
