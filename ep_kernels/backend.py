@@ -49,7 +49,9 @@ class Backend(Protocol):
         """Rows for each rank, then tokens for each expert [R + E] int32; [T, R] bool."""
 
     def poll(self) -> None:
-        """Before a call: lets go of what finished calls kept, raises errors nobody waited for."""
+        """Before a call: lets go of what finished calls kept. If one of them has made the buffer
+        fail, this or the call raises why; other errors are their events' to raise.
+        """
 
     def notify(
         self, args: DispatchArgs, memory: RoutingMemory, *, options: CallOptions

@@ -56,6 +56,10 @@ class MpiBootstrap:
         return list(self.comm.allgather(value))
 
 
+_attempts: dict[str, int] = {}
+"""By ranks: the last attempt to make a buffer of them that this process took part in."""
+
+
 class _SubsetBootstrap:
     """Some ranks of a process group, which exchange their objects through its store: the others,
     which may be dead, are not needed.
@@ -72,13 +76,25 @@ class _SubsetBootstrap:
         if group.rank not in ranks:
             raise EPConfigError(f"ranks={list(ranks)} lacks this rank, {group.rank}")
         self._ranks, self._timeout_s, self._num_steps = ranks, timeout_s, 0
+        self._store = _get_default_store()
         self.rank, self.num_ranks = ranks.index(group.rank), len(ranks)
-        store = _get_default_store()
         key = f"ep_kernels/{group.name}/{'-'.join(map(str, ranks))}"
         with _reporting_lost_store():
-            # Ranks of an earlier buffer of the same ranks have all entered before any enters again.
-            generation = (store.add(key, 1) - 1) // len(ranks)
-        self._store = dist.PrefixStore(f"{key}/{generation}", store)
+            self._store = dist.PrefixStore(f"{key}/{self._enter(key)}", self._store)
+
+    def _enter(self, key: str) -> int:
+        """Number of the attempt to make a buffer of these ranks: the first of them counts, the
+        others join its latest.
+        """
+        attempt = _attempts.get(key, 0) + 1
+        if self.rank == 0:
+            self._store.set(f"{key}/{attempt}", "")
+        else:
+            self._wait(self._ranks[0], f"{key}/{attempt}")
+            while self._store.check([f"{key}/{attempt + 1}"]):
+                attempt += 1
+        _attempts[key] = attempt
+        return attempt
 
     def all_gather(self, value: Any) -> list[Any]:
         """NOTE: raises EPTimeoutError naming a rank that does not come."""

@@ -18,6 +18,7 @@ import torch
 from ep_kernels import env
 from ep_kernels.backend import Backend, CallOptions
 from ep_kernels.bootstrap import Bootstrap, make_bootstrap
+from ep_kernels.checks import check_int
 from ep_kernels.config import ExpertToRank, Layout, Settings, agree_on_settings
 from ep_kernels.errors import EPConfigError, EPDeviceError
 from ep_kernels.event import Event
@@ -267,7 +268,14 @@ class Buffer(LowLatencyCalls):
         )
 
     def empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised tensor in this rank's pool; combine() reads it where it is."""
+        """An uninitialised tensor in this rank's pool; combine() reads it where it is.
+
+        Raises:
+            EPConfigError: a size is no number of elements, or the buffer was destroyed.
+            EPDeviceError: the pool is full.
+        """
+        for size in shape:
+            check_int("shape", size, low=0)
         return self._usable_backend().allocate(shape, dtype)
 
     def restore_handle(self, words: torch.Tensor, call: torch.Tensor) -> DispatchHandle:

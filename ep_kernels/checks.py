@@ -90,6 +90,16 @@ def check_tensor(
     return value
 
 
+def check_aligned(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """GPUs copy rows in pieces of 16 bytes."""
+    if tensor.device.type != "cpu" and tensor.data_ptr() % ROW_ALIGNMENT_BYTES:
+        raise EPConfigError(
+            f"{name} starts at address {tensor.data_ptr():#x}, expected a multiple of "
+            f"{ROW_ALIGNMENT_BYTES}"
+        )
+    return tensor
+
+
 def check_rows(x: Any, *, num_rows: int | None, device: torch.device) -> Rows:
     """`x` of a dispatch: [T, H], or the pair ([T, H] float8_e4m3fn, [T, S] scales)."""
     scales = None
@@ -98,6 +108,7 @@ def check_rows(x: Any, *, num_rows: int | None, device: torch.device) -> Rows:
             raise EPConfigError(f"x is a sequence of {len(x)}, expected a pair (rows, scales)")
         x, scales = x
     x = check_tensor("x", x, dtypes=ROW_TYPES, shape=(num_rows, None), device=device)
+    check_aligned("x", x)
     if scales is not None:
         scales = check_tensor(
             "scales", scales, dtypes=SCALE_DTYPES, shape=(x.shape[0], None), device=device
@@ -139,7 +150,8 @@ def check_biases(bias: Any, x: torch.Tensor, num_tokens: int) -> list[torch.Tens
     biases = list(bias) if isinstance(bias, (tuple, list)) else [bias]
     if not 1 <= len(biases) <= 2:
         raise EPConfigError(f"bias is a sequence of {len(biases)}, expected one tensor or a pair")
-    return [
-        check_tensor("bias", one, dtypes=[x.dtype], shape=(num_tokens, x.shape[1]), device=x.device)
-        for one in biases
-    ]
+    shape = (num_tokens, x.shape[1])
+    for one in biases:
+        check_tensor("bias", one, dtypes=[x.dtype], shape=shape, device=x.device)
+        check_aligned("bias", one)
+    return biases

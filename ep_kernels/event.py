@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 
 class Operation(Protocol):
@@ -31,9 +31,8 @@ class Event:
     An event made without an operation is complete.
     """
 
-    def __init__(self, operation: Operation | None = None, keep: Any = None) -> None:
+    def __init__(self, operation: Operation | None = None) -> None:
         self._operation = operation
-        self._keep = keep  # tensors the call reads or writes
         self._interval: tuple[int, int] | None = None
 
     @property
@@ -50,7 +49,7 @@ class Event:
         if self._operation is not None:
             self._operation.wait()
             self._interval = self._operation.interval()
-            self._operation = self._keep = None
+            self._operation = None
 
     def current_stream_wait(self) -> None:
         """Makes the current stream wait; on the CPU, where calls and streams are one, the host."""

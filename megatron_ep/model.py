@@ -116,6 +116,7 @@ def register_dispatcher(config: Config) -> None:
         name: getattr(config.ep, name)
         for name in ("num_chunks", "num_sms", "timeout_s", "pool_bytes")
     }
+    options["buffer_class"] = None
     if config.ep.reference:
         from ep_kernels.reference import Buffer
 

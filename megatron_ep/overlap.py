@@ -11,7 +11,7 @@ thread), one after the other, experts on the caller's:
 Autograd would run the backward of one chunk to its end before it starts the next transfer, so the
 chunks together are one autograd Function, which keeps the graph of each chunk's experts and runs
 these graphs itself. Gradients of the experts' parameters are summed over the chunks and handed out
-once, so that hooks on parameters see one gradient per micro-batch.
+once, so that hooks on their accumulation, as of data-parallel wrappers, run once per micro-batch.
 
 Output and the gradients of input and probabilities have the bits of the layer in one piece, if the
 experts' GEMM computes a row independently of the other rows. Gradients of the experts' parameters
@@ -135,7 +135,7 @@ class _Run:
                 self._start_shared_experts()
             arrived.event.current_stream_wait()
             chunks.append(self._compute(arrived))
-            output = chunks[-1].output.detach()
+            output = chunks[-1].output.detach().contiguous()
             results.append(buffer.combine(output, arrived.handle, async_op=True))
         return torch.cat([_wait(result).x for result in results]), chunks
 
@@ -152,10 +152,7 @@ class _Run:
         )
         for (chunk, _), arrived in zip(backwards, _one_ahead(grads)):
             arrived.event.current_stream_wait()
-            leaves = (chunk.rows, chunk.weights, *self.parameters)
-            rows, weights, *ours = torch.autograd.grad(
-                chunk.output, leaves, arrived.recv_x, allow_unused=True
-            )
+            rows, weights, *ours = self._differentiate(chunk, arrived.recv_x)
             totals = [_add(total, one) for total, one in zip(totals, ours)]
             results.append(
                 buffer.combine(
@@ -195,6 +192,13 @@ class _Run:
         assert bias is None, "experts apply their bias themselves"
         return _Chunk(arrived.handle, rows, weights, output)
 
+    def _differentiate(self, chunk: _Chunk, grad: torch.Tensor) -> list[torch.Tensor | None]:
+        """Of rows, weights and parameters; None for what the output does not depend on."""
+        leaves = [chunk.rows, chunk.weights, *self.parameters]
+        if not chunk.output.requires_grad:
+            return [None] * len(leaves)
+        return list(torch.autograd.grad(chunk.output, leaves, grad, allow_unused=True))
+
     def _start_shared_experts(self) -> None:
         """While the first tokens travel; their graph is outside of this function's."""
         shared_experts = self.layer.token_dispatcher.shared_experts
@@ -218,6 +222,10 @@ class _ExpertsFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         chunks, ctx.chunks = ctx.chunks, None
+        if chunks is None:
+            raise RuntimeError(
+                "a second backward through experts in chunks, whose graphs are freed"
+            )
         hidden, probs, parameters = ctx.run.backward(chunks, grad)
         return None, hidden, probs, *parameters
 
@@ -233,6 +241,8 @@ def _check_config(config: Any) -> None:
     for name in ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute"):
         if getattr(config, name, False):
             raise ValueError(f"num_chunks needs {name}=False, which takes the layer's steps apart")
+    if config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules:
+        raise ValueError("num_chunks cannot work with moe_act among recompute_modules")
     if config.cuda_graph_impl != "none":
         raise ValueError(f"num_chunks needs cuda_graph_impl='none', not {config.cuda_graph_impl!r}")
 

@@ -56,18 +56,17 @@ class Tracer:
 
     def spans(self) -> list[Span]:
         """All spans so far; waits for transfers under way."""
-        for name, event, begin_ns, end_ns in self._under_way:
+        for call, event, begin_ns, end_ns in self._under_way:
             interval = event.interval()
-            if interval is None:
-                self._spans.append(Span(TRANSFERS, name, begin_ns, end_ns))
-                continue
-            self._spans.append(Span(TRANSFERS, "notify", begin_ns, end_ns))
-            self._spans.append(Span(TRANSFERS, name, *interval))
+            name = call.removeprefix("fresh ")
+            if interval is not None and name != call:
+                self._spans.append(Span(TRANSFERS, "notify", begin_ns, end_ns))
+            self._spans.append(Span(TRANSFERS, name, *(interval or (begin_ns, end_ns))))
         self._under_way.clear()
         return self._spans
 
     def trace_transfer(self, name: str, call: Callable[[], Any]) -> Any:
-        """Makes a call of a buffer, whose result has an event."""
+        """Makes a call of a buffer, whose result has an event; "fresh dispatch" is one of them."""
         begin_ns = time.monotonic_ns()
         result = call()
         if self._is_recording:
@@ -104,8 +103,10 @@ class TracedBuffer:
         return getattr(self._buffer, name)
 
     def dispatch(self, *arguments: Any, **options: Any) -> Any:
+        is_fresh = options.get("handle") is None
         return self._tracer.trace_transfer(
-            "dispatch", lambda: self._buffer.dispatch(*arguments, **options)
+            "fresh dispatch" if is_fresh else "dispatch",
+            lambda: self._buffer.dispatch(*arguments, **options),
         )
 
     def combine(self, *arguments: Any, **options: Any) -> Any:

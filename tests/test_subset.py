@@ -55,16 +55,18 @@ def test_the_remaining_ranks_go_on_with_a_new_buffer(launch):
     assert launch(on_rank_lost, num_ranks=3, lost=[VICTIM]).values == [True, True, None]
 
 
-def on_rank_absent(rank):
-    if rank == 1:
-        return
-    with pytest.raises(EPTimeoutError, match=r"waited 0.5 s for rank 1 to make") as info:
-        cases.make_buffer("cpu", num_experts=4, ranks=[0, 1], timeout_s=0.5)
-    assert info.value.peer == 1
+def on_rank_absent(rank, absent):
+    if rank != absent:
+        with pytest.raises(EPTimeoutError, match=f"waited 0.5 s for rank {absent} to make") as info:
+            cases.make_buffer("cpu", num_experts=4, ranks=[0, 1], timeout_s=0.5)
+        assert info.value.peer == absent
+    dist.barrier()
+    check_buffer([0, 1])
 
 
-def test_a_rank_that_does_not_come_is_named(launch):
-    launch(on_rank_absent, num_ranks=2)
+@pytest.mark.parametrize("absent", [0, 1])
+def test_a_rank_that_does_not_come_is_named_and_all_may_try_again(launch, absent):
+    launch(on_rank_absent, absent, num_ranks=2)
 
 
 def on_rank_errors(rank):

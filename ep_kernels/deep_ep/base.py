@@ -61,7 +61,7 @@ class BufferBase:
         self._bootstrap = make_bootstrap(group if comm is None else comm)
         self._group_or_comm = group if comm is None else comm
         self.rank, self.group_size = self._bootstrap.rank, self._bootstrap.num_ranks
-        self._buffers: dict[tuple[int, torch.device], ep_kernels.Buffer] = {}
+        self._buffers: dict[tuple[int, torch.device, bool], ep_kernels.Buffer] = {}
         self._local_memory: dict[bool, torch.Tensor] = {}
         self._is_destroyed = False
 
@@ -143,14 +143,16 @@ class BufferBase:
         while self._buffers:
             self._buffers.popitem()[1].destroy()
 
-    def _buffer(self, num_experts: int, device: torch.device) -> ep_kernels.Buffer:
-        """The memory for so many experts; collective when it is made."""
+    def _buffer(
+        self, num_experts: int, device: torch.device, *, is_low_latency: bool = False
+    ) -> ep_kernels.Buffer:
+        """The memory for so many experts in one mode; collective when it is made."""
         if self._is_destroyed:
             raise EPConfigError("this buffer was destroyed and cannot be used any more")
-        key = (num_experts, device)
+        key = (num_experts, device, is_low_latency)
         if key not in self._buffers:
             options: dict[str, Any] = {}
-            if self.low_latency_mode:
+            if is_low_latency:
                 options["low_latency_bytes"] = self.num_rdma_bytes
                 options["mask_silent_ranks"] = self.enable_shrink
             self._buffers[key] = ep_kernels.Buffer(

@@ -196,11 +196,14 @@ class LowLatencyCalls(BufferBase):
                 f"{self.num_rdma_bytes}: low-latency calls need a Buffer with the mode and the "
                 "bytes of get_low_latency_rdma_size_hint()"
             )
-        return self._buffer(num_experts, device)
+        return self._buffer(num_experts, device, is_low_latency=True)
 
     def _shrinkable_buffers(self) -> list[ep_kernels.Buffer]:
         if not self.enable_shrink:
             raise EPConfigError("enable_shrink=False: this Buffer has no masks")
-        if not self._buffers:
+        buffers = [
+            buffer for (*_, is_low_latency), buffer in self._buffers.items() if is_low_latency
+        ]
+        if not buffers:
             raise EPConfigError("ranks can be masked only after a first low-latency call")
-        return list(self._buffers.values())
+        return buffers

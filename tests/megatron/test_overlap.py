@@ -109,19 +109,59 @@ def test_several_micro_batches_may_be_in_flight(ranks):
     layers.assert_close(by_rank, [case] * len(orders), atol=1e-10)
 
 
+class Transposed(torch.nn.Module):
+    """Experts whose output is not contiguous."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, *arguments):
+        output, bias = self.experts(*arguments)
+        return output.t().contiguous().t(), bias
+
+
+def on_rank_transposed(rank):
+    case, tensors = Case(), []
+    for num_chunks in (1, 3):
+        with layers.megatron(Grid(ep=2), num_chunks=num_chunks):
+            layer = layers.make_layer(case, Grid(ep=2), "deepep")
+            layer.experts = Transposed(layer.experts)
+            tensors.append(layers.run_layer(rank, layer, case))
+    return [layers.compare(rank, *tensors)]
+
+
+def test_the_output_of_the_experts_may_have_any_strides(ranks):
+    layers.assert_close(ranks.run(on_rank_transposed), [Case()], atol=ATOL)
+
+
+def on_rank_frozen(rank):
+    case, tensors = Case(), []
+    for num_chunks in (1, 3):
+        with layers.megatron(Grid(ep=2), num_chunks=num_chunks):
+            layer = layers.make_layer(case, Grid(ep=2), "deepep")
+            layer.experts.requires_grad_(False)
+            tensors.append(layers.run_layer(rank, layer, case))
+            assert all(parameter.grad is None for parameter in layer.experts.parameters())
+    return [layers.compare(rank, *tensors)]
+
+
+def test_experts_may_be_frozen(ranks):
+    layers.assert_close(ranks.run(on_rank_frozen), [Case()], atol=ATOL)
+
+
 def on_rank_errors(rank):
     for value in (0, -1, 1.5, True, "many", None):
         with pytest.raises(ValueError, match=f"num_chunks={value!r}"):
             megatron_ep.configure(num_chunks=value)
-    late_options = {"delay_wgrad_compute": True}
+    recomputed = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
     with layers.megatron(Grid(ep=2), num_chunks=2):
-        config = layers.make_config(Case(late_options=late_options), Grid(ep=2), "deepep")
-        from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-        from megatron.core.transformer.spec_utils import build_module
-
-        spec = get_moe_module_spec(use_te=False, num_experts=4)
-        with pytest.raises(ValueError, match="delay_wgrad_compute=False"):
-            build_module(spec, config=config)
+        for late_options, problem in (
+            ({"delay_wgrad_compute": True}, "delay_wgrad_compute=False"),
+            (recomputed, "moe_act among recompute_modules"),
+        ):
+            with pytest.raises(ValueError, match=problem):
+                layers.make_layer(Case(late_options=late_options), Grid(ep=2), "deepep")
     dist.barrier()
 
 
