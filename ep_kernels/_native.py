@@ -161,7 +161,12 @@ def load_library(
         raise EPDeviceError(f"{path.name} is not built; run `pip install -e .` in the sources")
     library = ctypes.CDLL(str(path))
     for name, (result, arguments) in signatures.items():
-        function = getattr(library, name)
+        function = getattr(library, name, None)
+        if function is None:
+            raise EPDeviceError(
+                f"{path.name} does not belong to this version of the package (it lacks {name}); "
+                "rebuild it"
+            )
         function.restype, function.argtypes = result, arguments
     built = (c_int32 * len(mirrors))()
     getattr(library, sizes_function)(built)

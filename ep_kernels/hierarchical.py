@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,15 +30,15 @@ from ep_kernels.call_queue import CallQueue
 from ep_kernels.chunks import CombineLeg, DispatchLeg, Window
 from ep_kernels.config import Settings
 from ep_kernels.cpu_backend import CpuBackend, order_after
-from ep_kernels.errors import EPConfigError, EPError, EPTimeoutError
+from ep_kernels.errors import EPConfigError, EPDeviceError, EPError, EPTimeoutError
 from ep_kernels.event import Event
 from ep_kernels.handle import HostCounts, RoutingMemory
 from ep_kernels.lanes import Lane, Message, ScaleoutStats, make_lane
-from ep_kernels.routes import RouteExchange, Routes, choose_chunk_tokens
+from ep_kernels.routes import RouteBook, RouteEntry, RouteExchange, choose_chunk_tokens
 from ep_kernels.topology import Topology
 
 POST, OFFER = 0, 2  # kinds of messages; routes.py and chunks.py have the others
-POST_PHASE, OFFER_PHASE = 2, 3
+POST_PHASE, OFFER_PHASE, TRANSFER_PHASE = 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class HierarchicalBackend(CpuBackend):
         self._steps = lane_library()
         self._topology, self._staging_bytes = topology, settings.staging_bytes
         self._queue = CallQueue()
-        self._routes: weakref.WeakKeyDictionary[RoutingMemory, Routes] = weakref.WeakKeyDictionary()
+        self._routes = RouteBook()
         super().__init__(bootstrap, settings, topology)
         try:
             self._lane = make_lane(bootstrap, topology, settings.timeout_s, self._waiting_for)
@@ -92,10 +91,11 @@ class HierarchicalBackend(CpuBackend):
         order_after(options)
         post = self._dispatch_post(args)
         seq = self._begin()
+        entry = self._routes.add(seq, memory)
 
         def body() -> None:
             with self._call(seq):
-                self._plan(seq, args, memory, post)
+                self._plan(seq, args, entry, post)
 
         self._queue.run(body)
         return seq, HostCounts(
@@ -114,10 +114,17 @@ class HierarchicalBackend(CpuBackend):
         error: str,
         options: CallOptions,
     ) -> Event:
+        entry = self._routes.find(seq)
+
         def body() -> None:
             with self._call(seq):
-                offers = self._exchange_offers(seq, args, error)
-                self._move_rows(seq, args, memory, offers)
+                offers, no_memory = self._exchange_offers(seq, args, error)
+                if no_memory is None:
+                    self._move_rows(seq, args, entry, offers)
+                else:
+                    self._step("done", seq)
+            if no_memory is not None:
+                raise no_memory
 
         return self._start(body, keep, options)
 
@@ -125,16 +132,19 @@ class HierarchicalBackend(CpuBackend):
         self, args: DispatchArgs, memory: RoutingMemory, *, keep: Any, options: CallOptions
     ) -> tuple[int, Event]:
         order_after(options)
+        is_fresh = args.sizes.handle_seq < 0
+        known = None if is_fresh else self._known_routes(args.sizes.handle_seq)
         post = self._dispatch_post(args)
         seq = self._begin()
+        entry = known or self._routes.add(seq, memory)
 
         def body() -> None:
             with self._call(seq):
-                if args.sizes.handle_seq < 0:
-                    offers = self._plan(seq, args, memory, post)
+                if is_fresh:
+                    offers = self._plan(seq, args, entry, post)
                 else:
                     offers = self._announce(seq, post).offers
-                self._move_rows(seq, args, memory, offers)
+                self._move_rows(seq, args, entry, offers)
 
         return seq, self._start(body, keep, options)
 
@@ -142,6 +152,7 @@ class HierarchicalBackend(CpuBackend):
         self, args: CombineArgs, memory: RoutingMemory, *, keep: Any, options: CallOptions
     ) -> Event:
         order_after(options)
+        entry = self._known_routes(args.sizes.handle_seq)
         post = self._checked_post(self._steps.ep_lane_combine_post, ctypes.byref(args))
         seq = self._begin()
 
@@ -150,7 +161,7 @@ class HierarchicalBackend(CpuBackend):
                 self._step("wait_slot", seq)
                 self._step("stage_rows", ctypes.byref(args))
                 offers = self._announce(seq, post).offers
-                leg = CombineLeg(self._step, self._topology, args, self._routes[memory], offers)
+                leg = CombineLeg(self._step, self._topology, args, entry.routes, offers)
                 self._window.run(seq, leg)
                 self._finish(seq)
 
@@ -209,22 +220,26 @@ class HierarchicalBackend(CpuBackend):
 
     @contextlib.contextmanager
     def _call(self, seq: int) -> Iterator[None]:
-        """Tells the peers that this rank is through with a call that failed, or whom it lost."""
+        """Tells the peers that this rank is through with a call that all of them refuse, or whom it
+        lost, or that it failed itself: then they need not wait for what it still owed them."""
         self._step("check_usable")
+        rank = self._topology.rank
         try:
             yield
         except EPTimeoutError as error:
-            self._fail(error)
+            phases = {name: number for number, name in _native.PHASES.items()}
+            culprit = rank if error.peer is None else error.peer
+            self._fail(culprit, phases[error.phase or "transfer"], str(error))
             raise
-        except EPError:
+        except EPConfigError:
             self._step("done", seq)
             raise
+        except BaseException as error:
+            self._fail(rank, TRANSFER_PHASE, f"rank {rank}: {type(error).__name__}: {error}")
+            raise
 
-    def _fail(self, error: EPTimeoutError) -> None:
-        phases = {name: number for number, name in _native.PHASES.items()}
-        phase, culprit = phases[error.phase or "transfer"], error.peer
-        assert culprit is not None
-        self._step("fail", culprit, phase, str(error).encode())
+    def _fail(self, culprit: int, phase: int, reason: str) -> None:
+        self._step("fail", culprit, phase, reason.encode())
         self._usable_lane.close(culprit)
 
     def _start(self, body: Callable[[], None], keep: Any, options: CallOptions) -> Event:
@@ -240,9 +255,9 @@ class HierarchicalBackend(CpuBackend):
         return Event(self._queue.submit(body_with_memory))
 
     def _move_rows(
-        self, seq: int, args: DispatchArgs, memory: RoutingMemory, offers: torch.Tensor
+        self, seq: int, args: DispatchArgs, entry: RouteEntry, offers: torch.Tensor
     ) -> None:
-        leg = DispatchLeg(self._step, seq, args, self._routes[memory], offers)
+        leg = DispatchLeg(self._step, seq, args, entry.routes, offers)
         self._window.run(seq, leg)
         self._finish(seq)
 
@@ -251,6 +266,13 @@ class HierarchicalBackend(CpuBackend):
         self._step("wait_done", seq)
 
     # Posts and offers
+
+    def _known_routes(self, handle_seq: int) -> RouteEntry:
+        try:
+            return self._routes.find(handle_seq)
+        except EPConfigError as error:
+            self.refuse(str(error))
+            raise
 
     def _new_post(self) -> torch.Tensor:
         return torch.empty(self._steps.ep_lane_post_bytes(self._buffer), dtype=torch.uint8)
@@ -281,15 +303,21 @@ class HierarchicalBackend(CpuBackend):
     def _new_offers(self) -> torch.Tensor:
         return torch.empty((self._topology.num_ranks, OFFER_WORDS), dtype=torch.int64)
 
-    def _exchange_offers(self, seq: int, args: DispatchArgs, error: str) -> torch.Tensor:
+    def _exchange_offers(
+        self, seq: int, args: DispatchArgs, error: str
+    ) -> tuple[torch.Tensor, EPDeviceError | None]:
+        """Offers of all ranks, or the error that all of them get if one has no memory."""
         offer = torch.empty(ctypes.sizeof(OfferSlot), dtype=torch.uint8)
         _native.call(
             self._steps.ep_lane_offer, ctypes.byref(args), error.encode(), offer.data_ptr()
         )
         offers = self._new_offers()
         self._relay(seq, offer, Message(seq=seq, kind=OFFER, phase=OFFER_PHASE))
-        self._step("wait_offers", seq, offers.data_ptr())
-        return offers
+        try:
+            self._step("wait_offers", seq, offers.data_ptr())
+        except EPDeviceError as no_memory:
+            return offers, no_memory.with_traceback(None)
+        return offers, None
 
     def _relay(self, seq: int, own: torch.Tensor, message: Message) -> dict[int, torch.Tensor]:
         """Gives a post or an offer to the lane and the node, and the lane's to the node."""
@@ -307,11 +335,10 @@ class HierarchicalBackend(CpuBackend):
         return received
 
     def _plan(
-        self, seq: int, args: DispatchArgs, memory: RoutingMemory, post: torch.Tensor
+        self, seq: int, args: DispatchArgs, entry: RouteEntry, post: torch.Tensor
     ) -> torch.Tensor:
         """Posts of all ranks, own rows, and what will cross the network."""
         self._step("clear_routing", ctypes.byref(args))
-        self._routes[memory] = Routes()  # nothing travels, if the call fails
         announced = self._announce(seq, post)
         self._step("plan", seq, ctypes.byref(args))
         posts = {
@@ -319,5 +346,5 @@ class HierarchicalBackend(CpuBackend):
             for node, peer_post in announced.posts.items()
         }
         own = LanePost.from_address(post.data_ptr())
-        self._routes[memory] = self._route_exchange.make_routes(seq, args, own, posts)
+        entry.routes = self._route_exchange.make_routes(seq, args, own, posts)
         return announced.offers

@@ -19,7 +19,7 @@ import torch
 
 from ep_kernels._native import PHASES
 from ep_kernels.bootstrap import Bootstrap, MpiBootstrap
-from ep_kernels.errors import EPDeviceError, EPTimeoutError
+from ep_kernels.errors import EPError, EPTimeoutError
 from ep_kernels.topology import Topology
 
 FAREWELL_S = 0.5
@@ -159,6 +159,8 @@ class Lane(abc.ABC):
         peer = self.topology.lane_rank(node)
         if culprit == DEPARTED:
             return Lost(peer, f"rank {peer} has destroyed its buffer")
+        if culprit == peer:
+            return Lost(peer, f"rank {peer} failed during a call")
         return Lost(culprit, f"rank {peer} gave up on rank {culprit}")
 
     @abc.abstractmethod
@@ -175,7 +177,8 @@ class Lane(abc.ABC):
 
     @abc.abstractmethod
     def close(self, culprit: int = DEPARTED) -> None:
-        """Says goodbye to the peers, naming whom this rank gave up on, and ends all transfers."""
+        """Says goodbye to the peers, naming whom this rank gave up on (itself, if it failed), and
+        ends all transfers."""
 
 
 def make_lane(
@@ -184,6 +187,7 @@ def make_lane(
     """Connects this rank with its lane; `on_wait` as in Lane. Collective.
 
     Raises:
+        EPConfigError: on all ranks, if MPI of one does not allow calls from several threads.
         EPDeviceError: on all ranks, if one cannot be connected.
     """
     from ep_kernels.gloo_lane import GlooLane
@@ -191,19 +195,19 @@ def make_lane(
 
     name = f"ep_kernels/{bootstrap.all_gather(uuid.uuid4().hex)[0]}"
     lane: Lane | None = None
-    problem = ""
+    problem: EPError | None = None
     try:
         if isinstance(bootstrap, MpiBootstrap):
             lane = MpiLane(topology, timeout_s, bootstrap.comm)
         else:
             lane = GlooLane(topology, timeout_s, name)
-    except EPDeviceError as error:
-        problem = str(error)
-    for rank, message in enumerate(bootstrap.all_gather(problem)):
-        if message:
+    except EPError as error:
+        problem = error.with_traceback(None)
+    for rank, found in enumerate(bootstrap.all_gather(problem)):
+        if found is not None:
             if lane is not None:
                 lane.close()
-            raise EPDeviceError(f"rank {rank}: {message}")
+            raise type(found)(f"rank {rank}: {found}")
     assert lane is not None
     lane.on_wait = on_wait
     return lane

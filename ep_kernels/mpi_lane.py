@@ -8,38 +8,49 @@ from typing import Any
 
 import torch
 
+from ep_kernels.errors import EPConfigError
 from ep_kernels.lanes import DEPARTED, FAREWELL_TAG, Lane, Lost, Transfer
 from ep_kernels.topology import Topology
 
 
 class MpiLane(Lane):
-    """MPI polls; a peer that has died ends the whole run, as MPI does it."""
+    """MPI polls; a peer that has died ends the whole run, as MPI does it.
 
-    _unfinished: list[Any] = []  # memory of transfers that were given up, which MPI may still use
+    Raises:
+        EPConfigError: MPI does not allow calls from several threads.
+    """
+
+    # Requests with their memory, which MPI may use until they complete: those of a call that failed
+    # stay here for good.
+    _under_way: dict[int, tuple[Any, torch.Tensor]] = {}
 
     def __init__(self, topology: Topology, timeout_s: float, comm: Any) -> None:
         super().__init__(topology, timeout_s)
         self._comm = comm.Split(topology.local_rank, topology.node)
         self._said: dict[int, int] = {}  # node -> culprit
+        _check_thread_level()
 
     def _isend(self, node: int, tensor: torch.Tensor, tag: int) -> Any:
-        return self._comm.Isend(tensor.numpy(), node, tag)
+        return self._keep(self._comm.Isend(tensor.numpy(), node, tag), tensor)
 
     def _irecv(self, node: int, tensor: torch.Tensor, tag: int) -> Any:
-        return self._comm.Irecv(tensor.numpy(), node, tag)
+        return self._keep(self._comm.Irecv(tensor.numpy(), node, tag), tensor)
+
+    def _keep(self, request: Any, tensor: torch.Tensor) -> Any:
+        self._under_way[id(request)] = request, tensor
+        return request
 
     def _wait(self, transfer: Transfer) -> Lost | None:
         deadline = time.monotonic() + self._deadline_s
         for attempt in itertools.count():
             if transfer.work.Test():
+                del self._under_way[id(transfer.work)]
                 return None
             if attempt % 256 == 255:
                 self._receive_farewells()
             if transfer.node in self._said:
-                self._unfinished.append(transfer)
                 return self._said_farewell(transfer.node, self._said[transfer.node])
             if time.monotonic() > deadline:
-                self._unfinished.append(transfer)
                 return self._expired(transfer.node)
             time.sleep(0 if attempt < 100 else 50e-6)
         raise AssertionError
@@ -56,4 +67,17 @@ class MpiLane(Lane):
     def close(self, culprit: int = DEPARTED) -> None:
         words = torch.tensor([self.topology.node, culprit], dtype=torch.int32)
         for node in self.topology.other_nodes:
-            self._unfinished.append((words, self._comm.Isend(words.numpy(), node, FAREWELL_TAG)))
+            self._isend(node, words, FAREWELL_TAG)
+
+
+def _check_thread_level() -> None:
+    """Asynchronous calls are made from a thread of the buffer, beside the user's own MPI calls."""
+    from mpi4py import MPI
+
+    level = MPI.Query_thread()
+    if level != MPI.THREAD_MULTIPLE:
+        names = ("THREAD_SINGLE", "THREAD_FUNNELED", "THREAD_SERIALIZED")
+        name = next((name for name in names if getattr(MPI, name) == level), str(level))
+        raise EPConfigError(
+            f"MPI was initialised with {name}; a buffer over several nodes needs THREAD_MULTIPLE"
+        )

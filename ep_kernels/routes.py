@@ -11,9 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ep_kernels._native import DispatchArgs, Sizes
 from ep_kernels._native_lane import LanePost, LaneTokensArgs
+from ep_kernels.errors import EPConfigError
+from ep_kernels.handle import RoutingMemory
 from ep_kernels.lanes import Lane, Message, Transfer
 from ep_kernels.topology import Topology
 
@@ -69,6 +72,40 @@ class Routes:
         """Chunks of this rank, or of a peer that has more."""
         own = -(-num_tokens // self.chunk_tokens)
         return max([own, *(len(source.bounds) - 1 for source in self.sources.values())])
+
+
+@dataclass
+class RouteEntry:
+    """Where a dispatch that may still be queued leaves its routes: nothing travels before, or if
+    it fails."""
+
+    routes: Routes = field(default_factory=Routes)
+
+
+class RouteBook:
+    """Routes by the number of their dispatch, which a handle keeps that becomes tensors and is
+    restored. They live as long as the memory of the routing, whichever tensors share it."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[StorageWeakRef, RouteEntry]] = {}
+
+    def add(self, seq: int, memory: RoutingMemory) -> RouteEntry:
+        """Starts an entry, and drops those that nobody can ask for any more."""
+        self._entries = {
+            number: kept for number, kept in self._entries.items() if not kept[0].expired()
+        }
+        entry = RouteEntry()
+        self._entries[seq] = StorageWeakRef(memory.words.untyped_storage()), entry
+        return entry
+
+    def find(self, seq: int) -> RouteEntry:
+        """Raises EPConfigError, if only copies of the memory are left."""
+        if seq not in self._entries:
+            raise EPConfigError(
+                f"handle (of dispatch {seq}): over several nodes the tensor that to_tensors() gave "
+                "has to stay, and a copy does not replace it"
+            )
+        return self._entries[seq][1]
 
 
 def num_in_chunk(bounds: list[int], chunk: int) -> int:

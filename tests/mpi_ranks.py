@@ -3,6 +3,7 @@
 Writes to DIRECTORY/<check>.<rank> "right", or the traceback of the first thing that was not.
 """
 
+import gc
 import sys
 import traceback
 from pathlib import Path
@@ -18,6 +19,9 @@ from mpi4py import MPI
 import ep_kernels
 from ep_kernels.config import Layout
 from ep_kernels.errors import EPConfigError, EPTimeoutError
+from ep_kernels.lanes import Message
+from ep_kernels.mpi_lane import MpiLane
+from ep_kernels.topology import Topology
 
 NUM_RANKS = 4
 SILENT = 2
@@ -94,6 +98,40 @@ def check_a_silent_rank_is_named(comm, backend="cpu"):
 
 def check_a_silent_rank_of_another_node_is_named(comm):
     check_a_silent_rank_is_named(comm, "nodes")
+
+
+def check_a_lower_thread_level_is_refused_on_all_ranks(comm):
+    query = MPI.Query_thread
+    if comm.Get_rank() == 1:
+        MPI.Query_thread = lambda: MPI.THREAD_SERIALIZED
+    try:
+        with pytest.raises(EPConfigError, match="rank 1: .*with THREAD_SERIALIZED"):
+            cases.make_buffer("nodes", group=comm, case=Case(num_ranks=NUM_RANKS, num_experts=8))
+    finally:
+        MPI.Query_thread = query
+
+
+def check_messages_of_a_failed_call_keep_their_memory(comm):
+    """They may still arrive."""
+    rank, message = comm.Get_rank(), Message(seq=0, kind=0, phase=2)
+    before = set(MpiLane._under_way)
+    lane = MpiLane(Topology(rank=rank, num_ranks=NUM_RANKS, num_local_ranks=1), 0.2, comm)
+    peers = [peer for peer in range(NUM_RANKS) if peer != rank]
+    received = [lane.irecv(peer, torch.zeros(1, dtype=torch.uint8), message) for peer in peers]
+    with pytest.raises(EPTimeoutError):
+        lane.wait(received[0])
+    del received
+    gc.collect()
+    kept = [pair for key, pair in MpiLane._under_way.items() if key not in before]
+    assert len(kept) == len(peers)
+    comm.Barrier()
+    own = torch.full((1,), rank + 1, dtype=torch.uint8)
+    for transfer in [lane.isend(peer, own, message) for peer in peers]:
+        lane.wait(transfer)
+    for peer, (request, tensor) in zip(peers, kept):
+        request.Wait()
+        assert tensor.item() == peer + 1
+    assert len(set(MpiLane._under_way) - before) == len(peers)
 
 
 def check_round_trip_of(comm, *, num_ranks):

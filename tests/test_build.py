@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from ep_kernels._native import CPU_LIBRARY, load_library
+from ep_kernels.errors import EPDeviceError
+
 ROOT = Path(__file__).resolve().parents[1]
 LIB_DIR = ROOT / "ep_kernels" / "lib"
 
@@ -116,3 +119,8 @@ def test_a_library_shows_nothing_but_its_c_interface(name):
     names = [line.split()[-1] for line in symbols]
     assert names
     assert [name for name in names if not name.startswith("ep_")] == []
+
+
+def test_a_library_without_a_function_is_of_another_version():
+    with pytest.raises(EPDeviceError, match="libep_cpu.so does not belong.*lacks ep_new.*rebuild"):
+        load_library(CPU_LIBRARY, {"ep_new": (None, [])}, "ep_abi_sizes", ())

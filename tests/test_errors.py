@@ -524,3 +524,29 @@ def on_rank_pool_full(rank, backend, case):
 @THREE_RANKS
 def test_a_full_pool_is_an_error_on_all_ranks_and_the_buffer_works_afterwards(ranks, num_ranks):
     ranks.run(on_rank_pool_full, "cpu", CASE)
+
+
+def on_rank_too_many_rows(rank, backend):
+    """Only rank 1 would receive them."""
+    num_chosen, num_topk = 2048, 128  # with their padding, 2^31 rows
+    case = Case(num_ranks=2, num_experts=2 * num_chosen)
+    topk_idx = (num_chosen + torch.arange(num_chosen)).view(-1, num_topk)
+    x = torch.zeros(len(topk_idx), 16)
+    with cases.make_buffer(backend, case=case, timeout_s=30.0) as buffer:
+        for capacity in (None, 10):
+            start = time.monotonic()
+            with pytest.raises(EPConfigError, match="rank 1 would receive 2147483648 rows"):
+                buffer.dispatch(
+                    x,
+                    topk_idx,
+                    layout=Layout.EXPERT_MAJOR,
+                    expert_alignment=1 << 20,
+                    capacity=capacity,
+                )
+            assert time.monotonic() - start < 10
+        buffer.barrier()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "nodes"])
+def test_more_rows_than_can_be_numbered_are_refused_on_all_ranks(ranks, backend):
+    ranks.run(on_rank_too_many_rows, backend)

@@ -22,6 +22,8 @@ CHECKS = [
     "a_communicator_instead_of_a_group",
     "a_silent_rank_is_named",
     "a_silent_rank_of_another_node_is_named",
+    "a_lower_thread_level_is_refused_on_all_ranks",
+    "messages_of_a_failed_call_keep_their_memory",
 ]
 
 needs_mpi = pytest.mark.skipif(

@@ -20,6 +20,7 @@ import ep_kernels
 from ep_kernels import reference
 from ep_kernels.config import Layout, make_expert_to_rank
 from ep_kernels.errors import EPConfigError, EPTimeoutError
+from ep_kernels.hierarchical import HierarchicalBackend
 from ep_kernels.testing import assert_bitwise_equal
 from ep_kernels.testing.leaks import shm_mappings
 from ep_kernels.topology import Topology, _Home, find_topology
@@ -345,6 +346,46 @@ def on_rank_destroys_early(rank):
 
 def test_a_rank_that_destroyed_its_buffer_is_named_at_once_on_all_nodes(launch):
     launch(on_rank_destroys_early, num_ranks=4)
+
+
+def on_rank_fails_by_itself(rank, operation, step, error):
+    """One rank raises in the middle of a call, when the others have its post."""
+    group = Group(rank, timeout_s=LONG_S)
+    if rank == 2:
+        steps = []
+        step_of = HierarchicalBackend._step
+
+        def failing_step(backend, name, *arguments):
+            if name == step:
+                steps.append(name)
+                raise error
+            step_of(backend, name, *arguments)
+
+        HierarchicalBackend._step = failing_step
+        with pytest.raises(type(error), match="broken"):
+            group.call(operation)
+        assert steps
+        with pytest.raises(ep_kernels.EPDeviceError, match="cannot be used any more.*broken"):
+            group.call(operation)
+    else:
+        group.check_lost(operation, [2], within_s=SOON_S)
+    dist.barrier()
+
+
+@pytest.mark.parametrize(
+    ("operation", "step"),
+    [
+        ("dispatch", "plan"),
+        ("dispatch", "pack"),
+        ("combine", "stage_rows"),
+        ("combine", "reduce_rows"),
+    ],
+)
+@pytest.mark.parametrize(
+    "error", [MemoryError("broken"), ep_kernels.EPDeviceError("broken")], ids=["memory", "device"]
+)
+def test_a_rank_that_fails_by_itself_is_named_at_once_everywhere(launch, operation, step, error):
+    launch(on_rank_fails_by_itself, operation, step, error, num_ranks=4)
 
 
 def on_rank_killed_meanwhile(rank, delay_s):

@@ -1,6 +1,7 @@
 """The operators: the calls of the same name in graphs, with gradients."""
 
 import contextlib
+import gc
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,9 +17,9 @@ from ep_kernels.testing import assert_bitwise_equal, make_routing
 
 LAYOUTS = pytest.mark.parametrize("layout", list(Layout), ids=lambda layout: layout.name)
 DEVICES = pytest.mark.parametrize(
-    "backend", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    "backend", ["cpu", "nodes", *(["cuda"] if torch.cuda.is_available() else [])]
 )
-NUM_EXPERTS, HIDDEN = 6, 32
+NUM_EXPERTS, HIDDEN = 12, 32
 
 # NOTE: without test_aot_dispatch_dynamic, which wants equal results from two calls, while a
 # dispatch numbers itself. Compiled and eager calls with changing sizes are compared below.
@@ -44,8 +45,10 @@ def make_buffer(backend):
 
 @contextlib.contextmanager
 def compiler_cache():
-    """Removes what the compiler keeps for the next run."""
+    """Removes what the compiler keeps for the next run, and forgets what it compiled, of which
+    there is a limit."""
     yield
+    torch._dynamo.reset()
     dist.barrier()  # the ranks share the folder, and another one may still compile
     for folder in Path(tempfile.gettempdir()).glob("torchinductor_*"):
         shutil.rmtree(folder, ignore_errors=True)
@@ -93,6 +96,35 @@ def on_rank_gradients(rank, backend, layout, compiler):
 @pytest.mark.parametrize("compiler", [None, "aot_eager"], ids=["eager", "compiled"])
 def test_gradients_are_those_of_the_layer_without_a_transfer(ranks, backend, layout, compiler):
     ranks.run(on_rank_gradients, backend, layout, compiler, deadline_s=300)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("num_ranks", [4])
+def test_gradients_over_nodes_of_several_ranks(ranks, num_ranks, layout):
+    ranks.run(on_rank_gradients, "nodes", layout, None)
+
+
+def on_rank_restored_from_copies(rank):
+    """What crosses the network is kept beside the tensor, not in it."""
+    with make_buffer("nodes") as buffer:
+        x, topk_idx, weights = make_inputs(buffer, 5)
+        sent = ops.dispatch(buffer, x, topk_idx, weights, capacity=10)
+        handle = sent.handle
+        want, _ = ops.combine(buffer, sent.recv_x, handle)
+        alias = handle._replace(words=handle.words.view(-1))
+        got, _ = ops.combine(buffer, sent.recv_x, alias)
+        assert_bitwise_equal(got, want)
+        copy, recv_x = handle._replace(words=handle.words.clone()), sent.recv_x
+        del sent, handle, alias
+        gc.collect()
+        buffer.dispatch(x, topk_idx, capacity=10)
+        with pytest.raises(EPConfigError, match=r"of dispatch 0.*a copy does not replace it"):
+            ops.combine(buffer, recv_x, copy)
+        buffer.barrier()
+
+
+def test_over_nodes_a_handle_ends_with_its_tensor(ranks):
+    ranks.run(on_rank_restored_from_copies)
 
 
 @DEVICES

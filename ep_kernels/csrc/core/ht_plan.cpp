@@ -87,6 +87,23 @@ int64_t count_overflow(const Group& group, const HtSizes& sizes, const HtRouting
   return overflow;
 }
 
+/// Checks the rows of every rank: one that went on alone would wait for those that cannot.
+void check_num_rows(const Group& group, const HtSizes& sizes, const CountMatrix& counts_of) {
+  std::vector<int64_t> num_rows(group.num_ranks, 0);
+  if (is_expert_major(sizes)) {
+    for (int expert = 0; expert < group.num_experts; ++expert)
+      num_rows[group.placement.rank_of[expert]] +=
+          align_up(sum_column(counts_of, group.rank, group.num_ranks + expert).total,
+                   int64_t{sizes.expert_alignment});
+  } else {
+    for (int rank = 0; rank < group.num_ranks; ++rank)
+      num_rows[rank] = sum_column(counts_of, group.rank, rank).total;
+  }
+  for (int rank = 0; rank < group.num_ranks; ++rank)
+    EP_CHECK_AGREED(num_rows[rank] < (int64_t{1} << 31), "rank ", rank, " would receive ",
+                    num_rows[rank], " rows; 2^31 is the limit");
+}
+
 }  // namespace
 
 void count_rows(const Group& group, const int64_t* topk_idx, int64_t num_tokens, int num_topk,
@@ -122,14 +139,12 @@ void clear_routing(const Group& group, const HtSizes& sizes, const HtRouting& ro
 
 void plan_receive(const Group& group, const HtSizes& sizes, const CountMatrix& counts_of,
                   int64_t capacity, const HtRouting& routing) {
+  check_num_rows(group, sizes, counts_of);
   if (is_expert_major(sizes)) {
     receive_by_expert(group, sizes, counts_of, routing);
   } else {
     receive_by_rank(group, counts_of, routing);
   }
-  const int64_t num_rows = routing.recv_sizes[0];
-  EP_CHECK_AGREED(num_rows < (int64_t{1} << 31), "rank ", group.rank, " would receive ", num_rows,
-                  " rows; 2^31 is the limit");
   routing.recv_sizes[2] = count_overflow(group, sizes, routing, capacity);
   for (int src = 0; src < group.num_ranks; ++src)
     std::copy_n(counts_of[src], group.num_ranks, routing.rank_counts + src * group.num_ranks);

@@ -42,6 +42,7 @@ void plan_rows(const Group& group, const HtSizes& sizes, const CountMatrix& coun
 // The parts of plan_rows, for ranks that send for others too.
 
 /// This rank's side as a receiver: counts, offsets, ranges of its own rows, overflow.
+/// Throws DisagreementError, on all ranks, if any of them would receive too many rows.
 void plan_receive(const Group& group, const HtSizes& sizes, const CountMatrix& counts_of,
                   int64_t capacity, const HtRouting& routing);
 

@@ -169,8 +169,10 @@ std::string Exchange::peer_problem(TimeoutRecord& waiting) const {
   int culprit = peer;
   if (__atomic_load_n(&state.failed, __ATOMIC_ACQUIRE) && peer != config_.rank) {
     culprit = state.culprit;
-    what = concat("rank ", peer, " gave up on rank ", culprit, ", which it had asked ",
-                  phase_name(static_cast<Phase>(state.culprit_phase)));
+    what = culprit == peer
+               ? concat("rank ", peer, " failed during a call")
+               : concat("rank ", peer, " gave up on rank ", culprit, ", which it had asked ",
+                        phase_name(static_cast<Phase>(state.culprit_phase)));
   } else if (__atomic_load_n(&state.departed, __ATOMIC_ACQUIRE)) {
     what = concat("rank ", peer, " has destroyed its buffer");
   } else if (processes_[peer - local_begin_].has_ended()) {
