@@ -19,6 +19,7 @@ from ep_kernels.config import Layout
 from ep_kernels.errors import EPConfigError, EPDeviceError
 from ep_kernels.event import Event
 from ep_kernels.handle import (
+    NUM_CALL_FIELDS,
     CombineResult,
     DispatchHandle,
     DispatchLayout,
@@ -269,11 +270,23 @@ class HighThroughput:
 
     def restore_handle(self, words: torch.Tensor, call: torch.Tensor) -> DispatchHandle:
         """See Buffer.restore_handle()."""
+        checks.check_tensor(
+            "call",
+            call,
+            dtypes=[torch.int64],
+            shape=(NUM_CALL_FIELDS,),
+            device=torch.device("cpu"),
+        )
         seq, is_by_expert, alignment, capacity, num_tokens, num_topk = call.tolist()
         layout = Layout.EXPERT_MAJOR if is_by_expert else Layout.RANK_MAJOR
         sizes = self._routing_sizes(layout, num_tokens, num_topk)
-        if words.shape != (RoutingMemory.num_words(**sizes),):
-            raise EPConfigError(f"words has shape {tuple(words.shape)}: not of a handle of {sizes}")
+        checks.check_tensor(
+            "words",
+            words,
+            dtypes=[torch.int64],
+            shape=(RoutingMemory.num_words(**sizes),),
+            device=self._backend.device,
+        )
         return DispatchHandle(
             owner=self._identity,
             seq=seq,

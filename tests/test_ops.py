@@ -191,6 +191,10 @@ def on_rank_errors(rank, backend):
         handle = ops.dispatch(buffer, x, topk_idx, weights, capacity=10).handle
         with pytest.raises(EPConfigError, match=r"words has shape \(3,\)"):
             ops.combine(buffer, x.repeat(2, 1), handle._replace(words=handle.words[:3]))
+        with pytest.raises(EPConfigError, match="words has dtype torch.int32"):
+            ops.combine(buffer, x.repeat(2, 1), handle._replace(words=handle.words.int()))
+        with pytest.raises(EPConfigError, match=r"call has shape \(5,\)"):
+            ops.combine(buffer, x.repeat(2, 1), handle._replace(call=handle.call[:5]))
         without = buffer.dispatch(x, topk_idx, weights).handle
         with pytest.raises(EPConfigError, match="without capacity"):
             without.to_tensors()
