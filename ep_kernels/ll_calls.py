@@ -127,7 +127,9 @@ class LowLatencyCalls:
         element is rounded, then added; at the end the sum is rounded once.
 
         Args:
-            x: [L, R * M, H] bfloat16, a row for each row dispatched; the others are not read.
+            x: [L, R * M, H] bfloat16, a row for each row dispatched; the others are not read. It
+                may be next_low_latency_combine_buffer(handle), whose rows "fp8" overwrites, but
+                must not overlap it otherwise.
             topk_idx: [T, K] int64, as dispatched.
             topk_weights: [T, K] float32.
             handle: of the dispatch; a handle can be combined once.

@@ -89,6 +89,11 @@ def check_combine(
             "zero_copy=True needs x to be next_low_latency_combine_buffer(handle), it lies "
             f"at {x.data_ptr():#x} instead of {buffer.data_ptr():#x}"
         )
+    if 0 < abs(x.data_ptr() - buffer.data_ptr()) < buffer.nbytes:
+        raise EPConfigError(
+            f"x at {x.data_ptr():#x} overlaps next_low_latency_combine_buffer(handle), which "
+            f"starts at {buffer.data_ptr():#x}: x must be that tensor or lie elsewhere"
+        )
     if request.out is not None:
         out_shape = (handle.num_tokens, handle.hidden)
         checks.check_tensor("out", request.out, dtypes=bf16, shape=out_shape, device=CPU)

@@ -61,6 +61,26 @@ def test_fp8_needs_a_multiple_of_128(ranks, hidden, format):
     ranks.run(ll_cases.run_case, case)
 
 
+def on_rank_in_place(rank, case):
+    world = World(case, rank)
+    with ll_cases.make_ll_buffer(case) as buffer:
+        for _ in range(3):
+            handle = ll_cases.dispatch(buffer, world).handle
+            x = buffer.next_low_latency_combine_buffer(handle).copy_(world.ys[rank])
+            idx, weights = world.topk_idxs[rank], world.topk_weights[rank]
+            options = dict(wire_format=case.wire, zero_copy=False)
+            ll_cases.check_combine(
+                buffer.low_latency_combine(x, idx, weights, handle, **options), world
+            )
+
+
+@pytest.mark.parametrize("wire", ["bf16", "fp8"])
+@pytest.mark.parametrize("num_sms", [1, 3])
+def test_rows_that_are_in_the_combine_buffer_may_be_copied_there(ranks, wire, num_sms):
+    case = Case(num_tokens=(50, 33), hidden=1024, num_topk=3, wire=wire, num_sms=num_sms)
+    ranks.run(on_rank_in_place, case)
+
+
 @FORMATS
 @pytest.mark.parametrize("num_sms", [2, 3])
 def test_threads_change_nothing(ranks, format, num_sms):

@@ -2,6 +2,7 @@
 works on.
 """
 
+import ctypes
 import functools
 from dataclasses import replace
 
@@ -112,8 +113,13 @@ def bad_combine(world, handle, what):
     weights = world.topk_weights[world.rank]
     other = idx.clone()
     other[0, 0] = -1
+    if what == "overlap":
+        at = handle.combine_buffer.data_ptr() - x[0, 0].nbytes
+        rows = (ctypes.c_byte * x.nbytes).from_address(at)
+        x = torch.frombuffer(rows, dtype=x.dtype).view(x.shape)
     options = {
         "x": (x[:, 1:].contiguous(), idx, weights, handle, {}),
+        "overlap": (x, idx, weights, handle, {}),
         "dtype": (x.half(), idx, weights, handle, {}),
         "weights": (x, idx, weights.double(), handle, {}),
         "idx": (x, idx[1:], weights, handle, {}),
@@ -129,6 +135,7 @@ def bad_combine(world, handle, what):
 
 COMBINE_ERRORS = {
     "x": "x has shape",
+    "overlap": "x at 0x.* overlaps",
     "dtype": "x has dtype torch.float16",
     "weights": "topk_weights has dtype torch.float64",
     "idx": "topk_idx has shape",

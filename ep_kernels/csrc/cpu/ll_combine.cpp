@@ -19,15 +19,35 @@ namespace {
 /// Bytes from a compressed row to its scales: they follow it.
 int64_t wire_scales(int64_t hidden) { return align_up(hidden, int64_t{64}); }
 
-void stage_row(const LlSizes& sizes, LlWire wire, const uint16_t* from, uint8_t* to,
-               Stores stores) {
-  if (wire == LlWire::kBF16) {
-    copy_row(to, reinterpret_cast<const uint8_t*>(from), sizes.hidden * 2, stores);
-  } else {
-    auto* scales = reinterpret_cast<float*>(to + wire_scales(sizes.hidden));
-    select_fp8_kernels().cast(from, sizes.hidden, /*is_rounded=*/false, to, scales);
+/// Puts rows where peers read them. Each may be there already: x may be the combine buffer.
+class Stager {
+ public:
+  Stager(int64_t hidden, LlWire wire, Stores stores)
+      : hidden_(hidden), wire_(wire), stores_(stores) {}
+
+  void stage(const uint16_t* from, uint8_t* to) {
+    const auto* from_bytes = reinterpret_cast<const uint8_t*>(from);
+    if (wire_ == LlWire::kFP8) {
+      auto* scales = reinterpret_cast<float*>(to + wire_scales(hidden_));
+      const uint16_t* row = from_bytes == to ? copy(from) : from;
+      select_fp8_kernels().cast(row, hidden_, /*is_rounded=*/false, to, scales);
+    } else if (from_bytes != to) {
+      copy_row(to, from_bytes, hidden_ * 2, stores_);
+    }
   }
-}
+
+ private:
+  /// NOTE: the scales of a row land in bytes of it that the cast has not read yet.
+  const uint16_t* copy(const uint16_t* row) {
+    scratch_.assign(row, row + hidden_);
+    return scratch_.data();
+  }
+
+  int64_t hidden_;
+  LlWire wire_;
+  Stores stores_;
+  std::vector<uint16_t> scratch_;
+};
 
 /// The rows of one token, in the order of its choices.
 struct TokenRows {
@@ -119,6 +139,7 @@ void stage_rows(const Transfer& transfer, const LlDispatch& dispatch, const LlCo
   const Stores stores = choose_stores(num_rows * half.combine_row_bytes);
   transfer.threads.run(sizes.num_threads, [&](int thread) {
     int64_t row_of_all = 0;
+    Stager stager(sizes.hidden, wire, stores);
     const Range part = split_evenly(num_rows, thread, sizes.num_threads);
     for (int local = 0; local < num_local; ++local) {
       int64_t row = 0;
@@ -128,8 +149,7 @@ void stage_rows(const Transfer& transfer, const LlDispatch& dispatch, const LlCo
         for (int32_t i = 0; i < count; ++i, ++row, ++row_of_all) {
           if (is_read_here || row_of_all < part.begin || row_of_all >= part.end) continue;
           const int64_t from = (local * half.rows_per_expert + row) * sizes.hidden;
-          stage_row(sizes, wire, combine.args.x + from, window + half.combine_row(local, row),
-                    stores);
+          stager.stage(combine.args.x + from, window + half.combine_row(local, row));
         }
       }
     }
