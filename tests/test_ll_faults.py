@@ -6,6 +6,7 @@ what is said to be missing is missing, everything else is exact, in every call.
 Functions named `on_rank_...` run on every rank; each belongs to the tests below it.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -22,7 +23,7 @@ from ll_cases import Case, World
 from test_faults import LONG_S, SOON_S, die, die_after, error_of, timed_error_of
 
 from ep_kernels import Buffer
-from ep_kernels.errors import EPTimeoutError
+from ep_kernels.errors import EPConfigError, EPDeviceError, EPTimeoutError
 from ep_kernels.testing import assert_bitwise_equal
 
 VICTIM = 1
@@ -350,6 +351,46 @@ def test_a_masked_rank_learns_who_left_it_out(launch):
 
 def test_without_an_answer_a_rank_stays_masked(launch):
     launch(on_rank_does_not_answer, num_ranks=3)
+
+
+def fill_pool(buffer):
+    """Tensors that leave no room for a window."""
+    tensors = []
+    for shift in range(28, 15, -1):
+        with contextlib.suppress(EPDeviceError):
+            while True:
+                tensors.append(buffer.empty(1 << shift, dtype=torch.uint8))
+    return tensors
+
+
+def on_rank_full_pool(rank):
+    group = Group(rank, timeout_s=LONG_S)
+    assert group.round() == []
+    dist.barrier()
+    if rank != VICTIM:
+        group.buffer.mask_rank(VICTIM)
+    for _ in range(0 if rank == VICTIM else 2):
+        tensors = fill_pool(group.buffer) if rank == 0 else []
+        error, seconds = timed_error_of(ll_cases.dispatch, group.buffer, group.world)
+        assert isinstance(error, EPDeviceError if rank == 0 else EPConfigError), repr(error)
+        assert "(pool_bytes) has no free range" in str(error)
+        assert rank == 0 or "rank 0 refused this call" in str(error)
+        assert seconds < SOON_S
+        del tensors
+    for _ in range(0 if rank == VICTIM else 5):
+        assert group.round() == [VICTIM]
+    dist.barrier()
+    if rank == VICTIM:
+        group.buffer.clear_masks()
+    else:
+        group.buffer.mask_rank(VICTIM, masked=False)
+    for _ in range(5):  # windows that were quarantined are given back
+        assert group.round() == []
+    group.buffer.destroy()
+
+
+def test_a_rank_whose_pool_is_full_refuses_the_call_and_works_on(launch):
+    launch(on_rank_full_pool, num_ranks=3)
 
 
 def on_rank_two_dead(rank, victims):

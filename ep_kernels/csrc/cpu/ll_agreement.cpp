@@ -39,6 +39,29 @@ void LowLatency::check_no_reader(const std::vector<LlPost>& posts) const {
     }
 }
 
+/// Posts that this rank refuses the call, and waits as all do until everybody has posted it.
+void LowLatency::post_refusal(uint64_t number, int attempt, const std::string& reason) {
+  LlPost mine = make_post(LlOp::kRefused, LlSizes{});
+  reason.copy(mine.text, kMaxText - 1);
+  mine.masked = exchange_.masked();
+  exchange_.send_post(number, attempt, mine, nullptr);
+  LlPost post{};
+  for (int peer = 0; peer < buffer_.group().num_ranks; ++peer)
+    if (exchange_.is_active(peer) &&
+        exchange_.wait_post(number, peer, &post, [](const LlPost&) { return true; }))
+      adopt(peer, post.masked);
+}
+
+/// refresh_window() in a call that is open: the peers wait for a post, whatever happens.
+void LowLatency::refresh_window_or_refuse(Half& half, uint64_t number, int attempt) {
+  try {
+    refresh_window(half, number);
+  } catch (const DeviceError& error) {
+    post_refusal(number, attempt, error.what());
+    throw;
+  }
+}
+
 /// Posts the call and waits until all active ranks have; for a dispatch, which has a half, until
 /// they all have the same view, or have gone ahead with another one.
 std::vector<LlPost> LowLatency::agree(uint64_t number, Half* half, LlPost& mine,
@@ -46,7 +69,7 @@ std::vector<LlPost> LowLatency::agree(uint64_t number, Half* half, LlPost& mine,
   std::vector<LlPost> posts(buffer_.group().num_ranks);
   for (int attempt = 0;; ++attempt) {
     mine.masked = exchange_.masked();
-    if (half) refresh_window(*half, number);
+    if (half) refresh_window_or_refuse(*half, number, attempt);
     if (half) mine.window = half->window;
     exchange_.send_post(number, attempt, mine, counts);
     for (int peer = 0; peer < buffer_.group().num_ranks; ++peer) {

@@ -69,11 +69,13 @@ void LowLatency::check_fits(const LlSizes& sizes) const {
 // Windows.
 
 /// Gives the half a new window if a rank that was masked since may still write to the old one.
+/// Throws DeviceError, and leaves the half as it was, if the pool is full.
 void LowLatency::refresh_window(Half& half, uint64_t number) {
   const RankSet& masked = exchange_.masked();
   if (masked.is_within(half.strangers)) return;
+  const int64_t window = buffer_.pool()->allocator.allocate(half_bytes_);
   quarantines_.push_back({half.window, number});
-  half.window = buffer_.pool()->allocator.allocate(half_bytes_);
+  half.window = window;
   half.strangers = masked;
 }
 

@@ -106,10 +106,7 @@ void LowLatency::refuse(const std::string& reason) {
 }
 
 void LowLatency::refuse_call(const std::string& reason) {
-  const uint64_t number = open_call();
-  LlPost mine = make_post(LlOp::kRefused, LlSizes{});
-  reason.copy(mine.text, kMaxText - 1);
-  agree(number, nullptr, mine, nullptr);
+  post_refusal(open_call(), 0, reason);
 }
 
 // Send halves.

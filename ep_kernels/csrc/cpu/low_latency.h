@@ -83,6 +83,7 @@ class LowLatency {
   void receive_dispatch(Call& call);
   void receive_combine(Call& call);
   void refuse_call(const std::string& reason);
+  void post_refusal(uint64_t number, int attempt, const std::string& reason);
 
   uint64_t open_call();
   void collect(Call& call);
@@ -100,6 +101,7 @@ class LowLatency {
   void check_fits(const LlSizes& sizes) const;
   void drop_released();
   void refresh_window(Half& half, uint64_t number);
+  void refresh_window_or_refuse(Half& half, uint64_t number, int attempt);
   void end_quarantines();
   RankSet active_ranks() const;
   void unmask_one(int rank);
