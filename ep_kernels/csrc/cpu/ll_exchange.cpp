@@ -4,6 +4,14 @@
 #include <cstring>
 
 namespace ep::cpu {
+namespace {
+
+bool replace(uint64_t* word, uint64_t from, uint64_t to) {
+  return __atomic_compare_exchange_n(word, &from, to, /*weak=*/false, __ATOMIC_SEQ_CST,
+                                     __ATOMIC_SEQ_CST);
+}
+
+}  // namespace
 
 LlExchange::LlExchange(Exchange& exchange, const Config& config)
     : exchange_(exchange),
@@ -19,24 +27,31 @@ void LlExchange::mask(int peer) {
 
 uint64_t LlExchange::unmask(int peer, uint64_t next_number) {
   uint64_t* theirs = &mask_line(peer, rank()).state;
-  uint64_t wish = ll_wish(next_number);
+  const uint64_t wish = ll_wish(next_number);
   store_flag(theirs, wish);
   ring(exchange_.doorbell(peer));
 
   TimeoutRecord record{rank(), static_cast<int32_t>(Phase::kReturn), peer, 1, 0};
   std::string what;
   const auto look = [&] { what = exchange_.peer_problem(record); };
-  const auto is_over = [&] { return is_wanted_by(peer) || !what.empty(); };
+  uint64_t answer = kLlMasked;  // the wish of the peer, once it is taken
+  const auto is_over = [&] { return (answer = take_wish(peer)) > kLlMasked || !what.empty(); };
   const auto deadline = Clock::now() + std::chrono::microseconds(exchange_.config().timeout_us);
   wait_until(exchange_.doorbell(rank()), deadline, is_over, look);
-  // Withdrawn if the peer has not taken it; if it has, its own wish is here.
-  if (!is_wanted_by(peer) && __atomic_compare_exchange_n(theirs, &wish, kLlMasked, false,
-                                                         __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
-    throw TimeoutError(what.empty() ? too_late(record) : what, record);
-  const uint64_t answer = mask_state(peer);
-  store_flag(&mask_line(rank(), peer).state, kLlTogether);
+  if (answer <= kLlMasked && !replace(theirs, wish, kLlMasked)) {
+    // The peer has taken our wish. Its own was here before; it is not if the peer has left again.
+    answer = take_wish(peer);
+    if (answer <= kLlMasked) store_flag(theirs, kLlMasked);
+  }
+  if (answer <= kLlMasked) throw TimeoutError(what.empty() ? too_late(record) : what, record);
   masked_.remove(peer);
   return std::max(next_number, answer - ll_wish(0));
+}
+
+uint64_t LlExchange::take_wish(int peer) {
+  uint64_t* state = &mask_line(rank(), peer).state;
+  const uint64_t wish = load_flag(state);
+  return wish > kLlMasked && replace(state, wish, kLlTogether) ? wish : kLlMasked;
 }
 
 void LlExchange::send_post(uint64_t number, int attempt, const LlPost& post,

@@ -67,7 +67,8 @@ class LlExchange {
   LlMaskLine& mask_line(int owner, int src) const {
     return word<LlMaskLine>(owner, layout_.mask_lines)[src];
   }
-  bool is_wanted_by(int peer) const { return mask_state(peer) > kLlMasked; }
+  /// The wish of `peer`, which is gone then, so that it cannot be withdrawn; kLlMasked if none.
+  uint64_t take_wish(int peer);
   uint64_t mask_state(int peer) const { return load_flag(&mask_line(rank(), peer).state); }
   uint64_t* post_flag(uint64_t number, int owner, int src) const {
     return word<uint64_t>(owner, layout_.post_flags) + layout_.slot(number, src);
