@@ -121,30 +121,32 @@ void LowLatency::mask(int rank) {
 }
 
 void LowLatency::unmask(int rank) {
-  std::exception_ptr silent;  // leaves the rank masked and the buffer as it was
+  std::exception_ptr silent;
   run([&] {
     for (int peer = 0; peer < buffer_.group().num_ranks; ++peer) {
       if ((rank >= 0 && peer != rank) || peer == buffer_.group().rank) continue;
       if (exchange_.is_active(peer) && !exchange_.has_left(peer)) continue;
-      try {
-        unmask_one(peer);
-      } catch (const TimeoutError&) {
-        silent = std::current_exception();
-      }
+      if (std::exception_ptr error = unmask_one(peer)) silent = error;
     }
   });
   if (silent) std::rethrow_exception(silent);
 }
 
-void LowLatency::unmask_one(int rank) {
+/// Returns the error if the rank does not answer: it stays masked, and the buffer as it was.
+std::exception_ptr LowLatency::unmask_one(int rank) {
   exchange_.mask(rank);
   for (const std::shared_ptr<Call>& call : calls_) collect(*call);
-  next_number_ = exchange_.unmask(rank, next_number_);
+  try {
+    next_number_ = exchange_.unmask(rank, next_number_);
+  } catch (const TimeoutError&) {
+    return std::current_exception();
+  }
   for (Half& half : halves_) {
     half.strangers.remove(rank);
     half.last = half.dispatch ? half.last : 0;
     if (half.dispatch) half.dispatch->peers.remove(rank);
   }
+  return nullptr;
 }
 
 RankSet LowLatency::masked() {

@@ -33,7 +33,6 @@ void add_waits(const std::vector<int64_t>& waited_us, int64_t* stats) {
 /// Waits for what the peers wrote for a call, so that its slot may be used again.
 void LowLatency::collect(Call& call) {
   if (call.is_collected) return;
-  call.is_collected = true;
   call.waited_us.assign(buffer_.group().num_ranks, 0);
   for (int peer = 0; peer < buffer_.group().num_ranks; ++peer) {
     if (!call.peers.has(peer) || !exchange_.is_active(peer)) continue;
@@ -52,6 +51,7 @@ void LowLatency::collect(Call& call) {
     call.waited_us[peer] = microseconds_since(start);
     if (has_come) call.arrived.add(peer);
   }
+  call.is_collected = true;
 }
 
 void LowLatency::receive_call(Call& call) {

@@ -105,9 +105,7 @@ void LowLatency::refuse(const std::string& reason) {
   run([&] { refuse_call(reason); });
 }
 
-void LowLatency::refuse_call(const std::string& reason) {
-  post_refusal(open_call(), 0, reason);
-}
+void LowLatency::refuse_call(const std::string& reason) { post_refusal(open_call(), 0, reason); }
 
 // Send halves.
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -104,7 +105,7 @@ class LowLatency {
   void refresh_window_or_refuse(Half& half, uint64_t number, int attempt);
   void end_quarantines();
   RankSet active_ranks() const;
-  void unmask_one(int rank);
+  std::exception_ptr unmask_one(int rank);
 
   Buffer& buffer_;
   Config config_;
