@@ -378,8 +378,10 @@ def on_rank_stops_while_it_returns(rank):
     assert group.round() == [1 - rank]
     dist.barrier()
     group.buffer.clear_masks()
+    dist.barrier()
     for _ in range(5):
         assert group.round() == []
+    dist.barrier()
     group.buffer.destroy()
 
 
@@ -418,6 +420,7 @@ def on_rank_full_pool(rank):
         group.buffer.clear_masks()
     else:
         group.buffer.mask_rank(VICTIM, masked=False)
+    dist.barrier()
     for _ in range(5):  # windows that were quarantined are given back
         assert group.round() == []
     group.buffer.destroy()
@@ -441,6 +444,30 @@ def on_rank_two_dead(rank, victims):
     for _ in range(10):
         assert group.round() == list(victims)
     group.buffer.destroy()
+
+
+def on_rank_two_stopped(rank, victims):
+    case = replace(CASE, num_ranks=4, num_tokens=(9, 30, 64, 20), num_experts=8)
+    group = Group(rank, case, timeout_s=STOP_S, mask_silent_ranks=True)
+    pids = gather_pids()
+    group.round()
+    dist.barrier()
+    if rank in victims:
+        time.sleep(60)
+    time.sleep(0.3)  # all have left the barrier
+    for victim in victims:
+        os.kill(pids[victim], signal.SIGSTOP)
+    begin = time.monotonic()
+    assert group.round() == list(victims)
+    assert time.monotonic() - begin < 1.7 * STOP_S
+    for _ in range(10):
+        assert group.round() == list(victims)
+    group.buffer.destroy()
+
+
+def test_silent_ranks_are_waited_for_together(launch):
+    """A rank that waited for them in turn would be silent itself to a peer that waits for it."""
+    launch(on_rank_two_stopped, (1, 2), num_ranks=4, lost=(1, 2))
 
 
 @pytest.mark.parametrize("victims", [(0, 3), (1, 2, 3)], ids=str)

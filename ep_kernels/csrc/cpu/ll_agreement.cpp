@@ -46,9 +46,10 @@ void LowLatency::post_refusal(uint64_t number, int attempt, const std::string& r
   mine.masked = exchange_.masked();
   exchange_.send_post(number, attempt, mine, nullptr);
   LlPost post{};
+  const auto deadline = exchange_.make_deadline();
   for (int peer = 0; peer < buffer_.group().num_ranks; ++peer)
     if (exchange_.is_active(peer) &&
-        exchange_.wait_post(number, peer, &post, [](const LlPost&) { return true; }))
+        exchange_.wait_post(number, peer, &post, deadline, [](const LlPost&) { return true; }))
       adopt(peer, post.masked);
 }
 
@@ -72,13 +73,16 @@ std::vector<LlPost> LowLatency::agree(uint64_t number, Half* half, LlPost& mine,
     if (half) refresh_window_or_refuse(*half, number, attempt);
     if (half) mine.window = half->window;
     exchange_.send_post(number, attempt, mine, counts);
+    // A new one for each attempt: peers may have waited as long as this rank before they try again.
+    const auto deadline = exchange_.make_deadline();
     for (int peer = 0; peer < buffer_.group().num_ranks; ++peer) {
       const auto is_enough = [&](const LlPost& post) {
         return !half || post.masked == mine.masked || !post.masked.is_within(mine.masked) ||
                post.fields[kLlFieldOp] != mine.fields[kLlFieldOp] ||
                exchange_.has_done(number, peer);
       };
-      if (exchange_.is_active(peer) && exchange_.wait_post(number, peer, &posts[peer], is_enough))
+      if (exchange_.is_active(peer) &&
+          exchange_.wait_post(number, peer, &posts[peer], deadline, is_enough))
         adopt(peer, posts[peer].masked);
     }
     if (!half || exchange_.masked() == mine.masked) return posts;

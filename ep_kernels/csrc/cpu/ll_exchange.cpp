@@ -36,8 +36,7 @@ uint64_t LlExchange::unmask(int peer, uint64_t next_number) {
   const auto look = [&] { what = exchange_.peer_problem(record); };
   uint64_t answer = kLlMasked;  // the wish of the peer, once it is taken
   const auto is_over = [&] { return (answer = take_wish(peer)) > kLlMasked || !what.empty(); };
-  const auto deadline = Clock::now() + std::chrono::microseconds(exchange_.config().timeout_us);
-  wait_until(exchange_.doorbell(rank()), deadline, is_over, look);
+  wait_until(exchange_.doorbell(rank()), make_deadline(), is_over, look);
   if (answer <= kLlMasked && !replace(theirs, wish, kLlMasked)) {
     // The peer has taken our wish. Its own was here before; it is not if the peer has left again.
     answer = take_wish(peer);
@@ -99,9 +98,9 @@ bool LlExchange::has_done(uint64_t number, int peer) const {
   return load_flag(&done_line(number, rank(), peer).flag) >= number + 1;
 }
 
-bool LlExchange::wait_done(uint64_t number, int peer, RankSet* view) {
+bool LlExchange::wait_done(uint64_t number, int peer, RankSet* view, Clock::time_point deadline) {
   const LlDoneLine& line = done_line(number, rank(), peer);
-  const bool is_there = wait(peer, Phase::kRows, number + 1, [&](uint64_t* seen) {
+  const bool is_there = wait(peer, Phase::kRows, number + 1, deadline, [&](uint64_t* seen) {
     *seen = load_flag(&line.flag);
     return *seen >= number + 1;
   });

@@ -11,9 +11,10 @@
 
 namespace ep::cpu {
 
-/// The low-latency words that all ranks share, and who is masked. Waits are for one peer. With
-/// `mask_silent_ranks` a peer that cannot come, or is late, is masked, and the wait says so;
-/// without, the wait throws TimeoutError.
+/// The low-latency words that all ranks share, and who is masked. Waits are for one peer; those of
+/// one step share a deadline, so that a rank which waits for several silent ones is not late itself
+/// for peers that wait for it. With `mask_silent_ranks` a peer that cannot come, or is late, is
+/// masked, and the wait says so; without, the wait throws TimeoutError.
 class LlExchange {
  public:
   struct Config {
@@ -41,12 +42,18 @@ class LlExchange {
 
   // The steps of a call. `number` is the number of the call.
 
+  /// That of a step which begins now.
+  Clock::time_point make_deadline() const {
+    return Clock::now() + std::chrono::microseconds(exchange_.config().timeout_us);
+  }
+
   /// Announces the call to all active ranks. `counts` is [num_experts] or null.
   void send_post(uint64_t number, int attempt, const LlPost& post, const int32_t* counts);
   /// Waits until `peer` has posted the call and is_enough(post) holds. False: it is masked now.
   template <typename IsEnough>
-  bool wait_post(uint64_t number, int peer, LlPost* post, IsEnough&& is_enough) {
-    return wait(peer, Phase::kPost, ll_post_flag(number, 0), [&](uint64_t* seen) {
+  bool wait_post(uint64_t number, int peer, LlPost* post, Clock::time_point deadline,
+                 IsEnough&& is_enough) {
+    return wait(peer, Phase::kPost, ll_post_flag(number, 0), deadline, [&](uint64_t* seen) {
       return read_post(number, peer, post, seen) && is_enough(*post);
     });
   }
@@ -57,7 +64,7 @@ class LlExchange {
   void send_done(uint64_t number, const RankSet& view);
   bool has_done(uint64_t number, int peer) const;
   /// Waits for send_done() of `peer`; its view. False: it is masked now.
-  bool wait_done(uint64_t number, int peer, RankSet* view);
+  bool wait_done(uint64_t number, int peer, RankSet* view, Clock::time_point deadline);
 
  private:
   template <typename T>
@@ -84,7 +91,7 @@ class LlExchange {
   bool read_post(uint64_t number, int peer, LlPost* post, uint64_t* seen) const;
   /// Waits for ready(seen), which tells the value of the awaited word, too.
   template <typename Ready>
-  bool wait(int peer, Phase phase, uint64_t expected, Ready&& ready);
+  bool wait(int peer, Phase phase, uint64_t expected, Clock::time_point deadline, Ready&& ready);
   std::string problem(TimeoutRecord& record) const;
   std::string too_late(const TimeoutRecord& record) const;
 
@@ -95,7 +102,8 @@ class LlExchange {
 };
 
 template <typename Ready>
-bool LlExchange::wait(int peer, Phase phase, uint64_t expected, Ready&& ready) {
+bool LlExchange::wait(int peer, Phase phase, uint64_t expected, Clock::time_point deadline,
+                      Ready&& ready) {
   uint64_t seen = 0;
   TimeoutRecord record{rank(), static_cast<int32_t>(phase), peer, static_cast<int64_t>(expected),
                        0};
@@ -110,7 +118,6 @@ bool LlExchange::wait(int peer, Phase phase, uint64_t expected, Ready&& ready) {
     // The peer may have written the word, and left, since it was last looked at.
     if (!what.empty() && ready(&seen)) what.clear();
   };
-  const auto deadline = Clock::now() + std::chrono::microseconds(exchange_.config().timeout_us);
   const bool is_in_time = wait_until(exchange_.doorbell(rank()), deadline, is_over, look);
   if (is_in_time && what.empty()) return true;
   if (!config_.mask_silent_ranks) throw TimeoutError(is_in_time ? what : too_late(record), record);

@@ -33,6 +33,7 @@ void add_waits(const std::vector<int64_t>& waited_us, int64_t* stats) {
 /// Waits for what the peers wrote for a call, so that its slot may be used again.
 void LowLatency::collect(Call& call) {
   if (call.is_collected) return;
+  const auto deadline = exchange_.make_deadline();
   call.waited_us.assign(buffer_.group().num_ranks, 0);
   for (int peer = 0; peer < buffer_.group().num_ranks; ++peer) {
     if (!call.peers.has(peer) || !exchange_.is_active(peer)) continue;
@@ -40,11 +41,12 @@ void LowLatency::collect(Call& call) {
     bool has_come = false;
     if (call.op == LlOp::kDispatch) {
       RankSet view;
-      has_come = exchange_.wait_done(call.number, peer, &view) &&
+      has_come = exchange_.wait_done(call.number, peer, &view, deadline) &&
                  view == halves_[call.half].dispatch->view;
     } else {
       LlPost& post = call.posts[peer];
-      has_come = exchange_.wait_post(call.number, peer, &post, [](const LlPost&) { return true; });
+      has_come = exchange_.wait_post(call.number, peer, &post, deadline,
+                                     [](const LlPost&) { return true; });
       if (has_come) adopt(peer, post.masked);
       call.combine.windows[peer] = post.window;
     }
