@@ -54,13 +54,13 @@ def size_hint(
     """See Buffer.low_latency_size_hint()."""
     from ep_kernels.cpu_ll import region_bytes
 
-    for name, value in (
-        ("num_max_tokens_per_rank", num_max_tokens_per_rank),
-        ("hidden", hidden),
-        ("num_ranks", num_ranks),
-        ("num_experts", num_experts),
+    for name, value, high in (
+        ("num_max_tokens_per_rank", num_max_tokens_per_rank, ll_checks.MAX_TOKENS),
+        ("hidden", hidden, ll_checks.MAX_HIDDEN),
+        ("num_ranks", num_ranks, ll_checks.MAX_RANKS),
+        ("num_experts", num_experts, ll_checks.MAX_EXPERTS),
     ):
-        checks.check_int(name, value, low=1)
+        checks.check_int(name, value, low=1, high=high)
     if num_local_experts is None:
         num_local_experts = -(-num_experts // num_ranks)
     checks.check_int("num_local_experts", num_local_experts, low=1, high=num_experts)

@@ -39,7 +39,7 @@ class LowLatencyCalls:
             num_local_experts: the largest L of all ranks; None: E / R, rounded up.
 
         Raises:
-            EPConfigError: a size is not positive.
+            EPConfigError: a size is not positive, or beyond what a region can have.
         """
         return ll.size_hint(
             num_max_tokens_per_rank=num_max_tokens_per_rank,

@@ -18,6 +18,9 @@ BF16, FP8, FP8_ROUNDED, FP8_UE8M0 = range(4)
 WIRE_FORMATS = {"bf16": 0, "fp8": 1}
 CPU = torch.device("cpu")
 MAX_TOKENS = 1 << 20
+MAX_RANKS = 256
+MAX_HIDDEN, MAX_EXPERTS = 1 << 17, 1 << 14
+"""Of a size hint, which has 63 bits: two halves of two rows of 2 H bytes, [L, R * M] each."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -298,3 +298,13 @@ def test_the_size_hint_refuses_what_is_no_size(name):
     sizes = dict(num_max_tokens_per_rank=1, hidden=8, num_ranks=1, num_experts=1)
     with pytest.raises(EPConfigError, match=f"{name}=0"):
         Buffer.low_latency_size_hint(**sizes | {name: 0})
+
+
+@pytest.mark.parametrize("name", ["num_max_tokens_per_rank", "hidden", "num_ranks", "num_experts"])
+def test_the_size_hint_refuses_what_no_region_has(name):
+    sizes = dict(
+        num_max_tokens_per_rank=1 << 20, hidden=1 << 17, num_ranks=256, num_experts=1 << 14
+    )
+    assert 0 < Buffer.low_latency_size_hint(**sizes, num_local_experts=1 << 14) < 1 << 63
+    with pytest.raises(EPConfigError, match=f"{name}=4611686018427387904"):
+        Buffer.low_latency_size_hint(**sizes | {name: 1 << 62})
