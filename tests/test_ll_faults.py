@@ -353,6 +353,43 @@ def test_without_an_answer_a_rank_stays_masked(launch):
     launch(on_rank_does_not_answer, num_ranks=3)
 
 
+def on_rank_stops_while_it_returns(rank):
+    """The victim is stopped when it has said that it wants to come back. The other rank takes it
+    back, misses it, masks it again; then the victim is resumed."""
+    case = replace(CASE, num_ranks=2)
+    group = Group(rank, case, timeout_s=STOP_S, mask_silent_ranks=True)
+    pids = gather_pids()
+    assert group.round() == []
+    dist.barrier()
+    group.buffer.mask_rank(1 - rank)
+    dist.barrier()
+    if rank == VICTIM:
+        error = error_of(group.buffer.clear_masks)
+        assert isinstance(error, EPTimeoutError), repr(error)
+        assert error.phase == "return"
+    else:
+        time.sleep(0.3)
+        stop(pids)
+        group.buffer.mask_rank(VICTIM, masked=False)
+        for _ in range(3):
+            assert group.round() == [VICTIM]
+        os.kill(pids[VICTIM], signal.SIGCONT)
+    dist.barrier()
+    assert group.buffer.query_mask().tolist() == [r != rank for r in range(2)]
+    assert group.round() == [1 - rank]
+    dist.barrier()
+    group.buffer.clear_masks()
+    dist.barrier()
+    for _ in range(5):
+        assert group.round() == []
+    dist.barrier()
+    group.buffer.destroy()
+
+
+def test_a_rank_that_stops_while_it_returns_stays_masked(launch):
+    launch(on_rank_stops_while_it_returns, num_ranks=2)
+
+
 def fill_pool(buffer):
     """Tensors that leave no room for a window."""
     tensors = []
