@@ -48,8 +48,8 @@ void LowLatency::post_refusal(uint64_t number, int attempt, const std::string& r
   LlPost post{};
   const auto deadline = exchange_.make_deadline();
   for (int peer = 0; peer < buffer_.group().num_ranks; ++peer)
-    if (exchange_.is_active(peer) &&
-        exchange_.wait_post(number, peer, &post, deadline, [](const LlPost&) { return true; }))
+    if (exchange_.is_active(peer) && exchange_.wait_post(number, peer, &post, deadline,
+                                                         [](const LlPost&, bool) { return true; }))
       adopt(peer, post.masked);
 }
 
@@ -76,10 +76,9 @@ std::vector<LlPost> LowLatency::agree(uint64_t number, Half* half, LlPost& mine,
     // A new one for each attempt: peers may have waited as long as this rank before they try again.
     const auto deadline = exchange_.make_deadline();
     for (int peer = 0; peer < buffer_.group().num_ranks; ++peer) {
-      const auto is_enough = [&](const LlPost& post) {
+      const auto is_enough = [&](const LlPost& post, bool is_final) {
         return !half || post.masked == mine.masked || !post.masked.is_within(mine.masked) ||
-               post.fields[kLlFieldOp] != mine.fields[kLlFieldOp] ||
-               exchange_.has_done(number, peer);
+               post.fields[kLlFieldOp] != mine.fields[kLlFieldOp] || is_final;
       };
       if (exchange_.is_active(peer) &&
           exchange_.wait_post(number, peer, &posts[peer], deadline, is_enough))

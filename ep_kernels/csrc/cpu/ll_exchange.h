@@ -49,12 +49,14 @@ class LlExchange {
 
   /// Announces the call to all active ranks. `counts` is [num_experts] or null.
   void send_post(uint64_t number, int attempt, const LlPost& post, const int32_t* counts);
-  /// Waits until `peer` has posted the call and is_enough(post) holds. False: it is masked now.
+  /// Waits until `peer` has posted the call and is_enough(post, is_final) holds; is_final: it will
+  /// not post again. False: it is masked now.
   template <typename IsEnough>
   bool wait_post(uint64_t number, int peer, LlPost* post, Clock::time_point deadline,
                  IsEnough&& is_enough) {
     return wait(peer, Phase::kPost, ll_post_flag(number, 0), deadline, [&](uint64_t* seen) {
-      return read_post(number, peer, post, seen) && is_enough(*post);
+      const bool is_final = has_done(number, peer);  // before the post, which none follows then
+      return read_post(number, peer, post, seen) && is_enough(*post, is_final);
     });
   }
   /// Counts that came with the post of `src`.

@@ -46,7 +46,7 @@ void LowLatency::collect(Call& call) {
     } else {
       LlPost& post = call.posts[peer];
       has_come = exchange_.wait_post(call.number, peer, &post, deadline,
-                                     [](const LlPost&) { return true; });
+                                     [](const LlPost&, bool) { return true; });
       if (has_come) adopt(peer, post.masked);
       call.combine.windows[peer] = post.window;
     }
