@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
@@ -76,24 +77,28 @@ class _SubsetBootstrap:
         if group.rank not in ranks:
             raise EPConfigError(f"ranks={list(ranks)} lacks this rank, {group.rank}")
         self._ranks, self._timeout_s, self._num_steps = ranks, timeout_s, 0
-        self._store = _get_default_store()
+        self._base = self._store = _get_default_store()
         self.rank, self.num_ranks = ranks.index(group.rank), len(ranks)
-        key = f"ep_kernels/{group.name}/{'-'.join(map(str, ranks))}"
+        self._key = f"ep_kernels/{group.name}/{'-'.join(map(str, ranks))}"
         with _reporting_lost_store():
-            self._store = dist.PrefixStore(f"{key}/{self._enter(key)}", self._store)
+            self._store = dist.PrefixStore(f"{self._key}/{self._enter()}", self._base)
 
-    def _enter(self, key: str) -> int:
-        """Number of the attempt to make a buffer of these ranks: the first of them counts, the
-        others join its latest.
+    def _enter(self) -> int:
+        """Number of the attempt to make a buffer of these ranks. The first of them counts attempts
+        and withdraws one that failed; the others join the one that is new to them.
         """
-        attempt = _attempts.get(key, 0) + 1
+        last = attempt = _attempts.get(self._key, 0)
         if self.rank == 0:
-            self._store.set(f"{key}/{attempt}", "")
-        else:
-            self._wait(self._ranks[0], f"{key}/{attempt}")
-            while self._store.check([f"{key}/{attempt + 1}"]):
-                attempt += 1
-        _attempts[key] = attempt
+            attempt += 1
+            self._base.set(self._key, str(attempt))
+        end = time.monotonic() + self._timeout_s
+        while attempt == last:
+            self._wait(self._ranks[0], self._key)
+            attempt = int(self._base.get(self._key))
+            if time.monotonic() > end:
+                raise self._nobody_came(self._ranks[0])
+            time.sleep(0.005)
+        _attempts[self._key] = attempt
         return attempt
 
     def all_gather(self, value: Any) -> list[Any]:
@@ -115,13 +120,18 @@ class _SubsetBootstrap:
         except dist.DistNetworkError:
             raise
         except RuntimeError:  # of a type that depends on the store
-            raise EPTimeoutError(
-                f"rank {self._ranks[self.rank]} waited {self._timeout_s:g} s for rank {rank} to "
-                f"make a buffer of ranks {list(self._ranks)}",
-                rank=self._ranks[self.rank],
-                phase="bootstrap",
-                peer=rank,
-            ) from None
+            if self.rank == 0:
+                self._base.delete_key(self._key)
+            raise self._nobody_came(rank) from None
+
+    def _nobody_came(self, rank: int) -> EPTimeoutError:
+        return EPTimeoutError(
+            f"rank {self._ranks[self.rank]} waited {self._timeout_s:g} s for rank {rank} to "
+            f"make a buffer of ranks {list(self._ranks)}",
+            rank=self._ranks[self.rank],
+            phase="bootstrap",
+            peer=rank,
+        )
 
 
 @contextlib.contextmanager
