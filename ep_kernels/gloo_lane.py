@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ep_kernels.errors import EPDeviceError
-from ep_kernels.lanes import CLOSE_TAG, DEPARTED, FAREWELL_S, FAREWELL_TAG, Lane, Lost, Transfer
+from ep_kernels.lanes import CLOSE_TAG, FAREWELL_S, FAREWELL_TAG, Lane, Lost, Transfer
 from ep_kernels.topology import Topology
 
 
@@ -28,7 +28,6 @@ class GlooLane(Lane):
         self._messages = self._connect(f"{name}/messages", timeout_s)
         self._farewells = self._connect(f"{name}/farewells", timeout_s)
         self._lost: dict[int, Lost] = {}
-        self._is_closed = False
         self._expected = {}
         for node in topology.other_nodes:
             culprit = torch.zeros(1, dtype=torch.int32)
@@ -82,10 +81,7 @@ class GlooLane(Lane):
                 self._lost[node] = Lost(peer, text)
         return self._lost[node]
 
-    def close(self, culprit: int = DEPARTED) -> None:
-        if self._is_closed:
-            return
-        self._is_closed = True
+    def _close(self, culprit: int) -> None:
         word = torch.tensor([culprit], dtype=torch.int32)
         gone = {*self._lost, self.topology.node_of(culprit) if culprit >= 0 else -1}
         works = []

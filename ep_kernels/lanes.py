@@ -102,6 +102,7 @@ class Lane(abc.ABC):
         self.on_wait: Callable[[int], None] = lambda rank: None
         # Local waits for the same culprit end first, and know more.
         self._deadline_s = 1.1 * timeout_s
+        self._is_closed = False
         self._counts = dict.fromkeys(vars(ScaleoutStats()), 0)
 
     def stats(self) -> ScaleoutStats:
@@ -128,6 +129,13 @@ class Lane(abc.ABC):
         self.on_wait(-1)
         if lost is not None:
             raise self._error(transfer.node, transfer.message, lost)
+
+    def close(self, culprit: int = DEPARTED) -> None:
+        """Says goodbye to the peers, naming whom this rank gave up on (itself, if it failed), and
+        ends all transfers. The first farewell counts."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._close(culprit)
 
     def _start(self, start: Any, node: int, tensor: torch.Tensor, message: Message) -> Transfer:
         try:
@@ -176,9 +184,7 @@ class Lane(abc.ABC):
     def _why(self, node: int, error: str) -> Lost: ...
 
     @abc.abstractmethod
-    def close(self, culprit: int = DEPARTED) -> None:
-        """Says goodbye to the peers, naming whom this rank gave up on (itself, if it failed), and
-        ends all transfers."""
+    def _close(self, culprit: int) -> None: ...
 
 
 def make_lane(

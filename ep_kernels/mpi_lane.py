@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ep_kernels.errors import EPConfigError
-from ep_kernels.lanes import DEPARTED, FAREWELL_TAG, Lane, Lost, Transfer
+from ep_kernels.lanes import FAREWELL_TAG, Lane, Lost, Transfer
 from ep_kernels.topology import Topology
 
 
@@ -64,7 +64,7 @@ class MpiLane(Lane):
     def _why(self, node: int, error: str) -> Lost:
         return Lost(self.topology.lane_rank(node), error)
 
-    def close(self, culprit: int = DEPARTED) -> None:
+    def _close(self, culprit: int) -> None:
         words = torch.tensor([self.topology.node, culprit], dtype=torch.int32)
         for node in self.topology.other_nodes:
             self._isend(node, words, FAREWELL_TAG)

@@ -21,6 +21,7 @@ from ep_kernels import reference
 from ep_kernels.config import Layout, make_expert_to_rank
 from ep_kernels.errors import EPConfigError, EPTimeoutError
 from ep_kernels.hierarchical import HierarchicalBackend
+from ep_kernels.lanes import Lane
 from ep_kernels.testing import assert_bitwise_equal
 from ep_kernels.testing.leaks import shm_mappings
 from ep_kernels.topology import Topology, _Home, find_topology
@@ -413,3 +414,26 @@ def on_rank_killed_meanwhile(rank, delay_s):
 @pytest.mark.parametrize("number", range(3))
 def test_a_rank_that_dies_at_any_moment_is_named(launch, number):
     launch(on_rank_killed_meanwhile, 0.05 * number, num_ranks=4, lost=[3])
+
+
+class FarewellLane(Lane):
+    """Remembers its farewells."""
+
+    def __init__(self):
+        super().__init__(Topology(rank=0, num_ranks=2, num_local_ranks=1), timeout_s=1.0)
+        self.said = []
+
+    def _isend(self, node, tensor, tag):
+        raise NotImplementedError
+
+    _irecv = _wait = _why = _isend
+
+    def _close(self, culprit):
+        self.said.append(culprit)
+
+
+def test_a_lane_says_farewell_once_naming_the_culprit():
+    lane = FarewellLane()
+    lane.close(1)
+    lane.close()  # as destroy() does after a failure
+    assert lane.said == [1]
