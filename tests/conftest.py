@@ -66,12 +66,8 @@ def rank_server():
 
 @pytest.fixture(scope="session")
 def rank_pool(rank_server):
-    pool = RankPool(rank_server)
-    try:
+    with RankPool(rank_server) as pool:
         yield pool
-        pool.close()
-    finally:
-        pool.kill()
 
 
 @pytest.fixture

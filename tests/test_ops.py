@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.library import opcheck
 
 from ep_kernels import EPConfigError, Layout, ops
-from ep_kernels.testing import assert_bitwise_equal, make_routing
+from ep_kernels.testing import RankPool, assert_bitwise_equal, make_routing
 
 LAYOUTS = pytest.mark.parametrize("layout", list(Layout), ids=lambda layout: layout.name)
 DEVICES = pytest.mark.parametrize(
@@ -24,6 +24,13 @@ NUM_EXPERTS, HIDDEN = 12, 32
 # NOTE: without test_aot_dispatch_dynamic, which wants equal results from two calls, while a
 # dispatch numbers itself. Compiled and eager calls with changing sizes are compared below.
 CHECKS_OF_DISPATCH = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+@pytest.fixture(scope="module", name="rank_pool")
+def rank_pool_of_module(rank_server):
+    """Ranks of these tests only: the compiler keeps memory mapped, which other tests look for."""
+    with RankPool(rank_server) as pool:
+        yield pool
 
 
 def make_inputs(buffer, num_tokens, dtype=torch.float64):

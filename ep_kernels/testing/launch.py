@@ -297,11 +297,23 @@ class Ranks:
 
 
 class RankPool:
-    """Ranks that live as long as the pool, one set for each number of ranks."""
+    """Ranks that live as long as the pool, one set for each number of ranks. Leaving the `with`
+    block closes the pool, and kills what is left of it.
+    """
 
     def __init__(self, server: RankServer) -> None:
         self.server = server
         self._ranks: dict[int, Ranks] = {}
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(self, exc_type: object, *exc_info: object) -> None:
+        try:
+            if exc_type is None:
+                self.close()
+        finally:
+            self.kill()
 
     def get(self, num_ranks: int) -> Ranks:
         """R working ranks: the ones of the last call, or new ones if a failure broke those."""
