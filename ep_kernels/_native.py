@@ -149,6 +149,11 @@ def cpu_library() -> ctypes.CDLL:
     return load_library(CPU_LIBRARY, _SIGNATURES, "ep_abi_sizes", MIRRORS)
 
 
+def address(tensor: Any) -> int | None:
+    """Of a tensor's memory; None for no tensor."""
+    return None if tensor is None else tensor.data_ptr()
+
+
 def load_library(
     path: Path, signatures: Signatures, sizes_function: str, mirrors: tuple[type[Structure], ...]
 ) -> ctypes.CDLL:

@@ -7,12 +7,23 @@ Every function raises EPConfigError that names the argument and its value.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from ep_kernels.config import Layout
 from ep_kernels.errors import EPConfigError
+
+
+class _Handle(Protocol):
+    """What handles of both modes have."""
+
+    @property
+    def owner(self) -> object: ...
+
+    @property
+    def seq(self) -> int: ...
+
 
 ROW_TYPES: dict[torch.dtype, int] = {
     torch.bfloat16: 0,
@@ -22,6 +33,8 @@ ROW_TYPES: dict[torch.dtype, int] = {
     torch.float8_e4m3fn: 4,
 }
 """dtypes of rows and their codes in the compiled core (`csrc/core/types.h`)."""
+
+H = TypeVar("H", bound=_Handle)
 
 FP8 = torch.float8_e4m3fn
 WEIGHT_DTYPES = (torch.float32, torch.float64)
@@ -88,6 +101,30 @@ def check_tensor(
             f"{name} is not contiguous: strides {value.stride()} for shape {tuple(value.shape)}"
         )
     return value
+
+
+def check_topk_idx(
+    topk_idx: Any, *, num_tokens: int | None, num_experts: int, device: torch.device
+) -> torch.Tensor:
+    """[T, K] int64, 1 <= K <= E; None admits any T. The core checks the indices themselves."""
+    check_tensor(
+        "topk_idx", topk_idx, dtypes=[torch.int64], shape=(num_tokens, None), device=device
+    )
+    if not 1 <= topk_idx.shape[1] <= num_experts:
+        raise EPConfigError(
+            f"topk_idx has shape {tuple(topk_idx.shape)}: num_topk={topk_idx.shape[1]} is "
+            f"outside [1, num_experts={num_experts}]"
+        )
+    return topk_idx
+
+
+def check_handle(handle: Any, kind: type[H], owner: object) -> H:
+    """A handle of the kind, made by `owner`."""
+    if not isinstance(handle, kind):
+        raise EPConfigError(f"handle={handle!r} is not a {kind.__name__}")
+    if handle.owner is not owner:
+        raise EPConfigError(f"handle (of dispatch {handle.seq}) was made by another buffer")
+    return handle
 
 
 def check_aligned(name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -207,11 +207,7 @@ class CpuBackend:
         order_after(options)
         seq = ctypes.c_uint64()
         _native.call(self._library.ep_notify, self._buffer, ctypes.byref(args), ctypes.byref(seq))
-        return seq.value, HostCounts(
-            num_rows=int(memory.recv_sizes[0]),
-            num_recv_tokens_per_expert=memory.num_recv_tokens_per_expert,
-            expert_offsets=memory.expert_offsets,
-        )
+        return seq.value, HostCounts.of(memory)
 
     def send(
         self,

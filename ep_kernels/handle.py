@@ -31,6 +31,30 @@ class HostCounts:
     num_recv_tokens_per_expert: torch.Tensor
     expert_offsets: torch.Tensor
 
+    @classmethod
+    def of(cls, memory: RoutingMemory) -> HostCounts:
+        """Those of a routing that lies on the CPU."""
+        return cls(
+            num_rows=int(memory.recv_sizes[0]),
+            num_recv_tokens_per_expert=memory.num_recv_tokens_per_expert,
+            expert_offsets=memory.expert_offsets,
+        )
+
+
+def routing_sizes(
+    layout: Layout, *, num_ranks: int, num_local_experts: int, num_tokens: int, num_topk: int
+) -> dict[str, int]:
+    """The sizes of a RoutingMemory."""
+    from ep_kernels.config import Layout
+
+    return {
+        "num_ranks": num_ranks,
+        "num_local_experts": num_local_experts,
+        "num_groups": num_local_experts if layout is Layout.EXPERT_MAJOR else 1,
+        "num_tokens": num_tokens,
+        "num_topk": num_topk,
+    }
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RoutingMemory:
@@ -52,26 +76,10 @@ class RoutingMemory:
     num_topk: int
 
     @classmethod
-    def allocate(
-        cls,
-        *,
-        num_ranks: int,
-        num_local_experts: int,
-        num_groups: int,
-        num_tokens: int,
-        num_topk: int,
-        device: torch.device,
-    ) -> RoutingMemory:
-        """Uninitialised: the call that fills it also does so when it fails."""
+    def allocate(cls, sizes: dict[str, int], *, device: torch.device) -> RoutingMemory:
+        """Of routing_sizes(). Uninitialised: the call that fills it also does so when it fails."""
         import torch
 
-        sizes = {
-            "num_ranks": num_ranks,
-            "num_local_experts": num_local_experts,
-            "num_groups": num_groups,
-            "num_tokens": num_tokens,
-            "num_topk": num_topk,
-        }
         words = torch.empty(cls.num_words(**sizes), dtype=torch.int64, device=device)
         return cls(words=words, **sizes)
 

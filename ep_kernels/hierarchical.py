@@ -98,11 +98,7 @@ class HierarchicalBackend(CpuBackend):
                 self._plan(seq, args, entry, post)
 
         self._queue.run(body)
-        return seq, HostCounts(
-            num_rows=int(memory.recv_sizes[0]),
-            num_recv_tokens_per_expert=memory.num_recv_tokens_per_expert,
-            expert_offsets=memory.expert_offsets,
-        )
+        return seq, HostCounts.of(memory)
 
     def send(
         self,

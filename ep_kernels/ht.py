@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ep_kernels import checks
-from ep_kernels._native import CombineArgs, DispatchArgs, Routing, Sizes
+from ep_kernels._native import CombineArgs, DispatchArgs, Routing, Sizes, address
 from ep_kernels.backend import Backend, CallOptions
 from ep_kernels.config import Layout
 from ep_kernels.errors import EPConfigError, EPDeviceError
@@ -25,6 +25,7 @@ from ep_kernels.handle import (
     DispatchLayout,
     DispatchResult,
     RoutingMemory,
+    routing_sizes,
 )
 
 _LAYOUT_CODES = {Layout.RANK_MAJOR: 0, Layout.EXPERT_MAJOR: 1}
@@ -111,9 +112,9 @@ class HighThroughput:
             )
             args = DispatchArgs(
                 x=rows.x.data_ptr(),
-                scales=_address(rows.scales),
-                topk_weights=_address(inputs.weights),
-                routing=Routing(topk_idx=_address(inputs.topk_idx), **handle.memory.addresses()),
+                scales=address(rows.scales),
+                topk_weights=address(inputs.weights),
+                routing=Routing(topk_idx=address(inputs.topk_idx), **handle.memory.addresses()),
                 sizes=self._sizes(rows, handle, inputs.weights, options.num_sms),
             )
             memory = None
@@ -150,7 +151,7 @@ class HighThroughput:
             )
             args = CombineArgs(
                 x=rows.x.data_ptr(),
-                topk_weights=_address(weights),
+                topk_weights=address(weights),
                 routing=Routing(**handle.memory.addresses()),
                 num_rows=handle.num_rows,
                 sizes=self._sizes(rows, handle, weights, options.num_sms),
@@ -165,7 +166,7 @@ class HighThroughput:
                 if weights is None
                 else self._backend.allocate((handle.num_tokens, handle.num_topk), weights.dtype)
             )
-        args.out, args.out_topk_weights = out.data_ptr(), _address(out_weights)
+        args.out, args.out_topk_weights = out.data_ptr(), address(out_weights)
         keep = (rows, weights, biases, handle, staged_x, staged_weights, out, out_weights)
         event = self._backend.combine(args, handle.memory, keep=keep, options=options)
         return CombineResult(x=out, topk_weights=out_weights, event=event)
@@ -213,19 +214,12 @@ class HighThroughput:
             raise
 
     def _check_topk_idx(self, topk_idx: Any, num_tokens: int | None) -> torch.Tensor:
-        checks.check_tensor(
-            "topk_idx",
+        return checks.check_topk_idx(
             topk_idx,
-            dtypes=[torch.int64],
-            shape=(num_tokens, None),
+            num_tokens=num_tokens,
+            num_experts=self._num_experts,
             device=self._backend.device,
         )
-        if not 1 <= topk_idx.shape[1] <= self._num_experts:
-            raise EPConfigError(
-                f"topk_idx has shape {tuple(topk_idx.shape)}: num_topk={topk_idx.shape[1]} is "
-                f"outside [1, num_experts={self._num_experts}]"
-            )
-        return topk_idx
 
     def _check_weights(self, weights: Any, shape: tuple[int, ...]) -> torch.Tensor | None:
         if weights is None:
@@ -239,11 +233,7 @@ class HighThroughput:
         )
 
     def _check_handle(self, handle: Any) -> DispatchHandle:
-        if not isinstance(handle, DispatchHandle):
-            raise EPConfigError(f"handle={handle!r} is not a DispatchHandle")
-        if handle.owner is not self._identity:
-            raise EPConfigError(f"handle (of dispatch {handle.seq}) was made by another buffer")
-        return handle
+        return checks.check_handle(handle, DispatchHandle, self._identity)
 
     def _new_handle(self, routing: NewRouting, num_tokens: int) -> DispatchHandle:
         """A handle whose routing the call will fill."""
@@ -255,7 +245,7 @@ class HighThroughput:
         if capacity is not None:
             checks.check_int("capacity", capacity, low=0, high=(1 << 31) - 1)
         memory = RoutingMemory.allocate(
-            **self._routing_sizes(layout, num_tokens, topk_idx.shape[1]),
+            self._routing_sizes(layout, num_tokens, topk_idx.shape[1]),
             device=self._backend.device,
         )
         return DispatchHandle(
@@ -298,14 +288,13 @@ class HighThroughput:
         )
 
     def _routing_sizes(self, layout: Layout, num_tokens: int, num_topk: int) -> dict[str, int]:
-        num_local = self._num_local_experts
-        return {
-            "num_ranks": self._num_ranks,
-            "num_local_experts": num_local,
-            "num_groups": num_local if layout is Layout.EXPERT_MAJOR else 1,
-            "num_tokens": num_tokens,
-            "num_topk": num_topk,
-        }
+        return routing_sizes(
+            layout,
+            num_ranks=self._num_ranks,
+            num_local_experts=self._num_local_experts,
+            num_tokens=num_tokens,
+            num_topk=num_topk,
+        )
 
     def _sizes(
         self,
@@ -372,10 +361,6 @@ class HighThroughput:
             return offset, 0, None
         staging = self._backend.allocate(tuple(tensor.shape), tensor.dtype)
         return self._offset(staging), 1, staging
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _dispatch_result(handle: DispatchHandle, memory: _Received, event: Event) -> DispatchResult:

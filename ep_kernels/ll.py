@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ep_kernels import checks, ll_checks
+from ep_kernels._native import address
 from ep_kernels._native_ll import (
     RECEIVE_LATER,
     LlCombineArgs,
@@ -113,8 +114,8 @@ class LowLatency:
             recv_count=base + 8 * num_choices,
             recv_rank_counts=base + 8 * num_choices + 4 * num_local,
             missing=missing.data_ptr(),
-            cumulative_recv_stats=_address(stats),
-            wait_recv_cost_stats=_address(request.wait_recv_cost_stats),
+            cumulative_recv_stats=address(stats),
+            wait_recv_cost_stats=address(request.wait_recv_cost_stats),
             cumulative_stats_bytes=0 if stats is None else stats.element_size(),
             sizes=LlSizes(
                 num_tokens=num_tokens,
@@ -176,7 +177,7 @@ class LowLatency:
             rows=experts + 4 * handle.num_tokens * handle.num_topk,
             out=out.data_ptr(),
             missing=missing.data_ptr(),
-            wait_recv_cost_stats=_address(request.wait_recv_cost_stats),
+            wait_recv_cost_stats=address(request.wait_recv_cost_stats),
             dispatch=handle.seq,
             wire=WIRE_FORMATS[request.wire_format],
             is_zero_copy=request.zero_copy,
@@ -227,11 +228,7 @@ class LowLatency:
             raise
 
     def _check_handle(self, handle: Any) -> LowLatencyHandle:
-        if not isinstance(handle, LowLatencyHandle):
-            raise EPConfigError(f"handle={handle!r} is not a LowLatencyHandle")
-        if handle.owner is not self._identity:
-            raise EPConfigError(f"handle (of dispatch {handle.seq}) was made by another buffer")
-        return handle
+        return checks.check_handle(handle, LowLatencyHandle, self._identity)
 
     # Results
 
@@ -276,7 +273,3 @@ class _ReceiveHook:
         if self._keep is not None:
             self._region.receive(self._number)
             self._keep = None
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

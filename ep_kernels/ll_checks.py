@@ -44,17 +44,12 @@ class CombineInputs:
 def check_dispatch(x: Any, topk_idx: Any, request: LowLatencyRequest, group: GroupSizes) -> None:
     """Tensors and sizes of Buffer.low_latency_dispatch()."""
     checks.check_tensor("x", x, dtypes=[torch.bfloat16], shape=(None, None), device=CPU)
-    checks.check_tensor(
-        "topk_idx", topk_idx, dtypes=[torch.int64], shape=(x.shape[0], None), device=CPU
+    checks.check_topk_idx(
+        topk_idx, num_tokens=x.shape[0], num_experts=group.num_experts, device=CPU
     )
     if request.num_experts != group.num_experts:
         raise EPConfigError(
             f"num_experts={request.num_experts!r}, but this buffer has {group.num_experts}"
-        )
-    if not 1 <= topk_idx.shape[1] <= group.num_experts:
-        raise EPConfigError(
-            f"topk_idx has shape {tuple(topk_idx.shape)}: num_topk={topk_idx.shape[1]} is "
-            f"outside [1, num_experts={group.num_experts}]"
         )
     most = request.num_max_tokens_per_rank
     checks.check_int("num_max_tokens_per_rank", most, low=1, high=MAX_TOKENS)

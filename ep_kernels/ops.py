@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ep_kernels.buffer import Buffer
 from ep_kernels.config import Layout
-from ep_kernels.handle import NUM_CALL_FIELDS, DispatchResult, RoutingMemory
+from ep_kernels.handle import NUM_CALL_FIELDS, DispatchResult, RoutingMemory, routing_sizes
 from ep_kernels.registry import find
 
 
@@ -103,9 +103,7 @@ def dispatch(
         num_recv_tokens_per_expert=memory.num_recv_tokens_per_expert,
         expert_offsets=None if by_rank else memory.expert_offsets,
         num_overflow=memory.recv_sizes[2:3],
-        handle=Handle(
-            words, call, num_tokens, [capacity, num_topk] if by_rank else [capacity], num_topk
-        ),
+        handle=Handle(words, call, num_tokens, _recv_shape(layout, capacity, num_topk), num_topk),
     )
 
 
@@ -180,12 +178,13 @@ def _(
     expert_alignment: int,
     capacity: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_topk, by_rank = topk_idx.shape[1], Layout(layout) is Layout.RANK_MAJOR
+    recv_shape = _recv_shape(Layout(layout), capacity, topk_idx.shape[1])
+    has_topk_idx = Layout(layout) is Layout.RANK_MAJOR
     sizes = _routing_sizes(find(buffer_name), topk_idx, Layout(layout))
     return (
         x.new_empty(capacity, x.shape[1]),
-        topk_idx.new_empty((capacity, num_topk) if by_rank else (0,)),
-        _fake_weights(x, topk_weights, (capacity, num_topk) if by_rank else (capacity,)),
+        topk_idx.new_empty(recv_shape if has_topk_idx else (0,)),
+        _fake_weights(x, topk_weights, recv_shape),
         topk_idx.new_empty(RoutingMemory.num_words(**sizes)),
         torch.empty(NUM_CALL_FIELDS, dtype=torch.int64, device="cpu"),
     )
@@ -254,14 +253,19 @@ def _(
 
 
 def _routing_sizes(buffer: Buffer, topk_idx: Tensor, layout: Layout) -> dict[str, int]:
-    num_local = buffer.num_local_experts
-    return {
-        "num_ranks": buffer.num_ranks,
-        "num_local_experts": num_local,
-        "num_groups": num_local if layout is Layout.EXPERT_MAJOR else 1,
-        "num_tokens": topk_idx.shape[0],
-        "num_topk": topk_idx.shape[1],
-    }
+    num_tokens, num_topk = topk_idx.shape
+    return routing_sizes(
+        layout,
+        num_ranks=buffer.num_ranks,
+        num_local_experts=buffer.num_local_experts,
+        num_tokens=num_tokens,
+        num_topk=num_topk,
+    )
+
+
+def _recv_shape(layout: Layout, capacity: int, num_topk: int) -> list[int]:
+    """Of the weights received, see Handle."""
+    return [capacity, num_topk] if layout is Layout.RANK_MAJOR else [capacity]
 
 
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
@@ -293,8 +297,7 @@ def _zero_unfilled(result: DispatchResult) -> None:
 def _keep_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _x, topk_idx, weights, buffer_name, layout, _alignment, capacity = inputs
     num_tokens, num_topk = topk_idx.shape
-    by_rank = Layout(layout) is Layout.RANK_MAJOR
-    recv_shape = [capacity, num_topk] if by_rank else [capacity]
+    recv_shape = _recv_shape(Layout(layout), capacity, num_topk)
     _keep(ctx, weights, output[3:], (buffer_name, num_tokens, num_topk, recv_shape))
 
 

@@ -36,13 +36,24 @@ class Span:
     end_ns: int
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A transfer whose event may be under way."""
+
+    name: str
+    event: Any
+    begin_ns: int
+    end_ns: int
+    is_fresh: bool
+
+
 class Tracer:
     """Collects the spans of this rank while recording."""
 
     def __init__(self) -> None:
         self._is_recording = False
         self._spans: list[Span] = []
-        self._under_way: list[tuple[str, Any, int, int]] = []
+        self._under_way: list[_Call] = []
         self._begins: list[int] = []
 
     @contextlib.contextmanager
@@ -56,21 +67,21 @@ class Tracer:
 
     def spans(self) -> list[Span]:
         """All spans so far; waits for transfers under way."""
-        for call, event, begin_ns, end_ns in self._under_way:
-            interval = event.interval()
-            name = call.removeprefix("fresh ")
-            if interval is not None and name != call:
-                self._spans.append(Span(TRANSFERS, "notify", begin_ns, end_ns))
-            self._spans.append(Span(TRANSFERS, name, *(interval or (begin_ns, end_ns))))
+        for call in self._under_way:
+            on_caller, elsewhere = (call.begin_ns, call.end_ns), call.event.interval()
+            if elsewhere is not None and call.is_fresh:
+                self._spans.append(Span(TRANSFERS, "notify", *on_caller))
+            self._spans.append(Span(TRANSFERS, call.name, *(elsewhere or on_caller)))
         self._under_way.clear()
         return self._spans
 
-    def trace_transfer(self, name: str, call: Callable[[], Any]) -> Any:
-        """Makes a call of a buffer, whose result has an event; "fresh dispatch" is one of them."""
+    def trace_transfer(self, name: str, call: Callable[[], Any], *, is_fresh: bool = False) -> Any:
+        """Makes a call of a buffer, whose result has an event; a fresh dispatch has a notify."""
         begin_ns = time.monotonic_ns()
         result = call()
         if self._is_recording:
-            self._under_way.append((name, result.event, begin_ns, time.monotonic_ns()))
+            end_ns = time.monotonic_ns()
+            self._under_way.append(_Call(name, result.event, begin_ns, end_ns, is_fresh))
         return result
 
     def watch_experts(self, experts: torch.nn.Module) -> None:
@@ -103,10 +114,10 @@ class TracedBuffer:
         return getattr(self._buffer, name)
 
     def dispatch(self, *arguments: Any, **options: Any) -> Any:
-        is_fresh = options.get("handle") is None
         return self._tracer.trace_transfer(
-            "fresh dispatch" if is_fresh else "dispatch",
+            "dispatch",
             lambda: self._buffer.dispatch(*arguments, **options),
+            is_fresh=options.get("handle") is None,
         )
 
     def combine(self, *arguments: Any, **options: Any) -> Any:

@@ -88,21 +88,27 @@ class Case:
         return None if self.capacity is None else self.capacity[rank]
 
 
+def make_routings(case):
+    """Placement of the experts, and topk_idx and topk_weights of all ranks."""
+    placement = None if case.placement is None else torch.tensor(case.placement)
+    placement = reference.make_placement(case.num_experts, case.num_ranks, placement)
+    routings = [
+        make_routing(case.routing, n, case.num_topk, case.num_experts, seed=case.seed + src)
+        for src, n in enumerate(case.num_tokens[: case.num_ranks])
+    ]
+    topk_idxs, weights = zip(*routings)
+    return placement, list(topk_idxs), list(weights)
+
+
 class World:
     """The inputs of all ranks, and what the specification makes of them on one rank."""
 
     def __init__(self, case, rank):
         self.case, self.rank = case, rank
-        placement = None if case.placement is None else torch.tensor(case.placement)
-        self.placement = reference.make_placement(case.num_experts, case.num_ranks, placement)
-        routings = [
-            make_routing(case.routing, n, case.num_topk, case.num_experts, seed=case.seed + src)
-            for src, n in enumerate(case.num_tokens[: case.num_ranks])
-        ]
-        self.topk_idxs = [topk_idx for topk_idx, _ in routings]
+        self.placement, self.topk_idxs, weights = make_routings(case)
         self.topk_weights = None
         if case.weights is not None:
-            self.topk_weights = [weights.to(case.weights) for _, weights in routings]
+            self.topk_weights = [of_rank.to(case.weights) for of_rank in weights]
         self.rows = [
             reference.recv_rows(
                 self.topk_idxs,

@@ -7,10 +7,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from cases import UNEQUAL, make_buffer, spread_values
+from cases import UNEQUAL, make_buffer, make_routings, spread_values
 
 from ep_kernels import Buffer, reference
-from ep_kernels.testing import assert_bitwise_equal, make_routing
+from ep_kernels.testing import assert_bitwise_equal
 
 FP8_OPTIONS = {
     "bf16": {},
@@ -77,14 +77,7 @@ class World:
 
     def __init__(self, case, rank):
         self.case, self.rank = case, rank
-        placement = None if case.placement is None else torch.tensor(case.placement)
-        self.placement = reference.make_placement(case.num_experts, case.num_ranks, placement)
-        routings = [
-            make_routing(case.routing, n, case.num_topk, case.num_experts, seed=case.seed + src)
-            for src, n in enumerate(case.num_tokens[: case.num_ranks])
-        ]
-        self.topk_idxs = [topk_idx for topk_idx, _ in routings]
-        self.topk_weights = [weights for _, weights in routings]
+        self.placement, self.topk_idxs, self.topk_weights = make_routings(case)
         self.xs = [
             spread_values(len(idx), case.hidden, dtype=torch.bfloat16, seed=case.seed + 10 + src)
             for src, idx in enumerate(self.topk_idxs)

@@ -165,6 +165,16 @@ def test_a_stopped_rank_is_named_after_the_timeout(launch):
 # With masking
 
 
+def take_victim_back(group, rank):
+    """Both sides un-mask, between calls."""
+    dist.barrier()
+    if rank == VICTIM:
+        group.buffer.clear_masks()
+    else:
+        group.buffer.mask_rank(VICTIM, masked=False)
+    dist.barrier()
+
+
 def run_settled_rounds(group, rank, num_rounds=10):
     """Rounds until all survivors know of the victim, and `num_rounds` after that.
 
@@ -235,12 +245,7 @@ def on_rank_stops_and_returns(rank, case, seed):
             assert VICTIM in group.round()
     else:
         assert group.buffer.query_mask().any()
-    dist.barrier()
-    if rank == VICTIM:
-        group.buffer.clear_masks()
-    else:
-        group.buffer.mask_rank(VICTIM, masked=False)
-    dist.barrier()
+    take_victim_back(group, rank)
     assert not group.buffer.query_mask().any()
     for _ in range(10):
         assert group.round() == []
@@ -434,12 +439,7 @@ def on_rank_full_pool(rank):
         del tensors
     for _ in range(0 if rank == VICTIM else 5):
         assert group.round() == [VICTIM]
-    dist.barrier()
-    if rank == VICTIM:
-        group.buffer.clear_masks()
-    else:
-        group.buffer.mask_rank(VICTIM, masked=False)
-    dist.barrier()
+    take_victim_back(group, rank)
     for _ in range(5):  # windows that were quarantined are given back
         assert group.round() == []
     group.buffer.destroy()

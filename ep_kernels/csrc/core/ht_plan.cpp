@@ -8,11 +8,6 @@
 namespace ep {
 namespace {
 
-int num_local_experts(const Group& group) {
-  const int32_t* rank_of = group.placement.rank_of;
-  return static_cast<int>(std::count(rank_of, rank_of + group.num_experts, group.rank));
-}
-
 bool is_expert_major(const HtSizes& sizes) {
   return static_cast<Layout>(sizes.layout) == Layout::kExpertMajor;
 }
@@ -106,6 +101,11 @@ void check_num_rows(const Group& group, const HtSizes& sizes, const CountMatrix&
 
 }  // namespace
 
+int num_local_experts(const Group& group, int rank) {
+  const int32_t* rank_of = group.placement.rank_of;
+  return static_cast<int>(std::count(rank_of, rank_of + group.num_experts, rank));
+}
+
 void count_rows(const Group& group, const int64_t* topk_idx, int64_t num_tokens, int num_topk,
                 int32_t* counts, uint8_t* is_token_in_rank) {
   std::fill_n(counts, group.num_ranks + group.num_experts, 0);
@@ -126,7 +126,7 @@ void count_rows(const Group& group, const int64_t* topk_idx, int64_t num_tokens,
 }
 
 void clear_routing(const Group& group, const HtSizes& sizes, const HtRouting& routing) {
-  const int num_local = num_local_experts(group);
+  const int num_local = num_local_experts(group, group.rank);
   const int64_t num_choices = sizes.num_tokens * sizes.num_topk;
   std::fill_n(routing.rows, num_choices, kNoRoute);
   std::fill_n(routing.routes, num_choices, kNoRoute);

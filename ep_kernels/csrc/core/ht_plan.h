@@ -17,6 +17,9 @@ struct Group {
   Placement placement;
 };
 
+/// Number of experts of a rank.
+int num_local_experts(const Group& group, int rank);
+
 /// Counts of one rank's batch: rows for each rank, then tokens for each expert.
 /// Throws ConfigError for an expert out of range or chosen twice by one token.
 ///

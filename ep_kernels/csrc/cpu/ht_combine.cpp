@@ -87,12 +87,9 @@ void reduce_tokens(const HtCombineArgs& args, const std::vector<Source>& from, R
     rows.clear();
     for (const RowRef& ref : refs) rows.push_back(from[ref.rank].x + ref.row * sizes.row_bytes);
 
-    const void* biases[2];
-    int num_biases = 0;
-    for (const uint8_t* bias : args.bias)
-      if (bias) biases[num_biases++] = bias + token * sizes.row_bytes;
-    reduce({args.out + token * sizes.row_bytes, rows.data(), biases, static_cast<int>(rows.size()),
-            num_biases, sizes.row_bytes / element_bytes(type)});
+    const Biases biases(args.bias, token * sizes.row_bytes);
+    reduce({args.out + token * sizes.row_bytes, rows.data(), biases.rows,
+            static_cast<int>(rows.size()), biases.count, sizes.row_bytes / element_bytes(type)});
     if (args.out_topk_weights) collect_weights(args, from, token);
   }
 }
@@ -127,9 +124,7 @@ void stage(const Transfer& transfer, const HtCombineArgs& args, const uint8_t* s
 void stage_rows(const Transfer& transfer, const HtCombineArgs& args) {
   int num_groups = 1;
   if (is_expert_major(args.sizes))
-    num_groups = static_cast<int>(std::count(
-        transfer.group.placement.rank_of,
-        transfer.group.placement.rank_of + transfer.group.num_experts, transfer.group.rank));
+    num_groups = num_local_experts(transfer.group, transfer.group.rank);
   uint8_t* pool = transfer.exchange.pool(transfer.group.rank);
   if (args.stage_x)
     stage(transfer, args, args.x, pool + args.pool_x, args.sizes.row_bytes, num_groups);

@@ -58,13 +58,11 @@ class TokenSums {
 };
 
 void merge_token(const LaneMergeArgs& args, ReduceFn reduce, const TokenSums& sums, int64_t token) {
-  const void* biases[2];
-  int num_biases = 0;
-  for (const uint8_t* bias : args.bias)
-    if (bias) biases[num_biases++] = bias + token * args.row_bytes;
+  const Biases biases(args.bias, token * args.row_bytes);
   const RowType type = static_cast<RowType>(args.row_type);
-  reduce({args.out + token * args.row_bytes, sums.rows().data(), biases,
-          static_cast<int>(sums.rows().size()), num_biases, args.row_bytes / element_bytes(type)});
+  reduce({args.out + token * args.row_bytes, sums.rows().data(), biases.rows,
+          static_cast<int>(sums.rows().size()), biases.count,
+          args.row_bytes / element_bytes(type)});
   // A choice is served by one node, the others have all bits 0.
   const int64_t num_bytes = args.num_topk * args.weight_bytes;
   for (const uint8_t* weights : sums.weights())

@@ -40,9 +40,6 @@ class LlHalves {
   std::vector<LlHalfLayout> layouts_;
 };
 
-/// Number of experts of a rank.
-int num_local_experts(const Group& group, int rank);
-
 /// Fills args.rows: the place of each choice in its expert's block, -1 where nothing is sent.
 void place_rows(const Transfer& transfer, LlDispatch& dispatch);
 

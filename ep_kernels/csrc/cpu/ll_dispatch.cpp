@@ -6,8 +6,6 @@
 //
 // Posts, views and completion are in cpu/low_latency.cpp.
 
-#include <algorithm>
-
 #include "core/fp8.h"
 #include "core/math.h"
 #include "cpu/copy.h"
@@ -73,11 +71,6 @@ size_t scale_offset(const LlHalfLayout& half, const LlSizes& sizes, int64_t loca
 LlHalves::LlHalves(const Transfer& transfer, const LlSizes& sizes) {
   for (int rank = 0; rank < transfer.group.num_ranks; ++rank)
     layouts_.emplace_back(sizes, transfer.group.num_ranks, num_local_experts(transfer.group, rank));
-}
-
-int num_local_experts(const Group& group, int rank) {
-  const int32_t* rank_of = group.placement.rank_of;
-  return static_cast<int>(std::count(rank_of, rank_of + group.num_experts, rank));
 }
 
 void place_rows(const Transfer& transfer, LlDispatch& dispatch) {

@@ -19,6 +19,17 @@ struct ReduceArgs {
   const float* weights = nullptr;  ///< [num_rows], or null: every row counts once
 };
 
+/// The biases of one token, whose rows begin `offset` bytes into those that are given.
+struct Biases {
+  Biases(const uint8_t* const (&given)[2], int64_t offset) {
+    for (const uint8_t* bias : given)
+      if (bias) rows[count++] = bias + offset;
+  }
+
+  const void* rows[2] = {};
+  int count = 0;
+};
+
 using ReduceFn = void (*)(const ReduceArgs&);
 
 /// The fastest variant that this processor runs. Throws ConfigError for FP8 rows.
