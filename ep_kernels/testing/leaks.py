@@ -10,6 +10,9 @@ from pathlib import Path
 SHM = Path("/dev/shm")  # noqa: S108
 PROC = Path("/proc")
 
+KEPT_BY_TORCH = ("torchelastic_", "torchinductor_")
+"""Folders that torch leaves among the temporary files of a process, for the next one."""
+
 
 class LeakCheck:
     """Remembers what exists now; `leaks()` lists what ranks have added since.
@@ -32,12 +35,17 @@ class LeakCheck:
         Args:
             sessions: session ids of the ranks (each rank leads a session of its own), to find
                 processes that they started.
-            folder: their folder for temporary files, which has to be empty by now.
+            folder: their folder for temporary files, which has to be empty by now, but for what
+                torch keeps.
         """
         found = [f"process {pid} (session {sid})" for pid, sid in processes_in(set(sessions))]
         found += [f"shared memory {path}" for path in self.shm_leaks()]
         if folder is not None and folder.exists():
-            found += [f"temporary file {path}" for path in sorted(folder.rglob("*"))]
+            found += [
+                f"temporary file {path}"
+                for path in sorted(folder.rglob("*"))
+                if not path.relative_to(folder).parts[0].startswith(KEPT_BY_TORCH)
+            ]
         return found
 
     def shm_leaks(self, *, patience_s: float = 1.0) -> list[Path]:

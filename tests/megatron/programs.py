@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ep_kernels.testing.leaks import PROC, LeakCheck
+from ep_kernels.testing.leaks import KEPT_BY_TORCH, PROC, LeakCheck
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,9 +22,6 @@ TIMEOUT_S = 300.0
 
 EXIT_S = 5.0
 """After a program has ended, what it started has this long to go."""
-
-KEPT_BY_TORCH = ("torchelastic_", "torchinductor_")
-"""Folders that torch leaves among its temporary files."""
 
 
 @dataclass(frozen=True)
