@@ -30,10 +30,9 @@ def launch(script: Path, arguments: Sequence[str]) -> None:
     """
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.resolve().parent))
-    if importlib.util.find_spec("deep_ep") is None:
-        from ep_kernels import deep_ep
+    from ep_kernels import deep_ep
 
-        deep_ep.install()
+    deep_ep.install_if_missing()
     from megatron_ep.cpu_training import enable_cpu_training
 
     enable_cpu_training()  # before anything of Megatron is imported

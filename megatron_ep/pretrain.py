@@ -92,8 +92,11 @@ def _describe(config: Config, ranks: Ranks, trainer: object) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
+    from ep_kernels import deep_ep
+
     set_up_logging()
     ignore_known_warnings()
+    deep_ep.install_if_missing()  # Megatron-Core's dispatcher flex looks for it when it is imported
     try:
         config = config_from_arguments(
             sys.argv[1:] if arguments is None else arguments,

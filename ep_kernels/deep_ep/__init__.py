@@ -11,7 +11,7 @@ import torch
 from ep_kernels.deep_ep import utils
 from ep_kernels.deep_ep.buffer import Buffer
 from ep_kernels.deep_ep.config import Config
-from ep_kernels.deep_ep.importing import install, uninstall
+from ep_kernels.deep_ep.importing import install, install_if_missing, uninstall
 from ep_kernels.deep_ep.utils import EventHandle, EventOverlap
 
 topk_idx_t = torch.int64
@@ -22,6 +22,7 @@ __all__ = [
     "EventHandle",
     "EventOverlap",
     "install",
+    "install_if_missing",
     "topk_idx_t",
     "uninstall",
     "utils",

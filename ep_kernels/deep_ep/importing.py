@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def install() -> None:
         sys.modules[name] = sys.modules[target]
     if _IMPORT_PATH not in sys.path:  # multiprocessing hands sys.path to the processes it spawns
         sys.path.insert(0, _IMPORT_PATH)
+
+
+def install_if_missing() -> None:
+    """install(), unless there is another deep_ep to import."""
+    if importlib.util.find_spec("deep_ep") is None:
+        install()
 
 
 def uninstall() -> None:

@@ -51,6 +51,13 @@ def test_the_metrics_file_has_a_line_for_each_step_and_evaluation(output):
         assert line["load_balancing_loss"] >= 0.9
 
 
+@pytest.mark.parametrize("dispatcher", ["allgather", "flex"])
+def test_the_other_dispatchers_train_alike(programs, corpus, output, tmp_path, dispatcher):
+    flags = ["--moe-token-dispatcher-type", dispatcher, "--moe-router-dtype", "fp32"]
+    runs.check(runs.train(programs, corpus, tmp_path / "run", *flags))
+    assert runs.losses(tmp_path / "run") == pytest.approx(runs.losses(output), rel=1e-5)
+
+
 def test_progress_and_throughput_are_reported(finished, output):
     printed = finished[0].output
     assert "2 ranks on cpu: TP 1, PP 1, EP 2, CP 1, DP 2" in printed
