@@ -10,11 +10,14 @@ import hosts
 import pytest
 import slurm_cluster
 
+REASONS = ("hosts: ", "SLURM: ")
+"""How reasons begin for which a test could not run here."""
+
 
 @pytest.fixture
 def make_network():
     if reason := hosts.reason_unavailable():
-        pytest.skip(f"hosts: {reason}")
+        pytest.skip(f"{REASONS[0]}{reason}")
     with contextlib.ExitStack() as stack:
         yield lambda **options: stack.enter_context(hosts.Network(**options))
 
@@ -22,7 +25,7 @@ def make_network():
 @pytest.fixture(scope="session")
 def slurm():
     if reason := hosts.reason_unavailable() or slurm_cluster.reason_unavailable():
-        pytest.skip(f"SLURM: {reason}")
+        pytest.skip(f"{REASONS[1]}{reason}")
     with slurm_cluster.SlurmCluster(num_nodes=2) as cluster:
         yield cluster
 
@@ -32,6 +35,8 @@ def pytest_terminal_summary(terminalreporter):
     lines = {}
     for report in skipped:
         if "multi_node" in report.nodeid and isinstance(report.longrepr, tuple):
-            lines[report.longrepr[2].removeprefix("Skipped: ")] = None
+            reason = report.longrepr[2].removeprefix("Skipped: ")
+            if reason.startswith(REASONS):  # others were not asked for
+                lines[reason] = None
     for line in lines:
         terminalreporter.write_line(f"**** NOT TESTED: several hosts: {line}", yellow=True)
