@@ -38,6 +38,7 @@ class CudaConfig(Structure):
         ("expert_rank", c_void_p),
         ("pool_bytes", c_int64),
         ("timeout_us", c_int64),
+        ("low_latency_bytes", c_int64),
     ]
 
 

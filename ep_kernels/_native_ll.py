@@ -1,4 +1,6 @@
-"""The low-latency part of the compiled CPU core, as `_native.py` (`csrc/bindings/ll_api.h`)."""
+"""The low-latency part of the compiled cores, as `_native.py` (`csrc/bindings/ll_api.h`,
+`csrc/bindings/ll_cuda_api.h`).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import functools
 from ctypes import POINTER, Structure, c_char_p, c_int32, c_int64, c_uint64, c_void_p
 
 from ep_kernels._native import CPU_LIBRARY, ErrorRecord, Signatures, load_library
+from ep_kernels._native_cuda import CUDA_LIBRARY
 
 RECEIVE_NOW, RECEIVE_ASYNC, RECEIVE_LATER = 0, 1, 2
 
@@ -82,8 +85,45 @@ _SIGNATURES: Signatures = {
 }
 
 
+_STREAM = c_void_p
+_HOST_NUMBER = POINTER(c_int64)
+_CUDA_SIGNATURES: Signatures = {
+    "ep_cuda_ll_abi_sizes": (None, [POINTER(c_int32)]),
+    "ep_cuda_ll_create": (c_int32, [c_void_p, c_int64, c_int64, c_int32, _OUT, _ERROR]),
+    "ep_cuda_ll_delete": (None, [c_void_p]),
+    "ep_cuda_ll_dispatch": (
+        c_int32,
+        [
+            *(c_void_p, POINTER(LlDispatchArgs), c_int32, _STREAM),
+            *(_HOST_NUMBER, POINTER(c_int64), _ERROR),
+        ],
+    ),
+    "ep_cuda_ll_combine": (
+        c_int32,
+        [c_void_p, POINTER(LlCombineArgs), c_int32, _STREAM, _HOST_NUMBER, _ERROR],
+    ),
+    "ep_cuda_ll_receive": (c_int32, [c_void_p, c_int64, _STREAM, _ERROR]),
+    "ep_cuda_ll_release": (None, [c_void_p, c_int64]),
+    "ep_cuda_ll_barrier": (c_int32, [c_void_p, _STREAM, _ERROR]),
+    "ep_cuda_ll_refuse": (c_int32, [c_void_p, c_char_p, _STREAM, _ERROR]),
+    "ep_cuda_ll_mask": (c_int32, [c_void_p, c_int32, _STREAM, _ERROR]),
+    "ep_cuda_ll_unmask": (c_int32, [c_void_p, c_int32, _STREAM, _ERROR]),
+    "ep_cuda_ll_query_mask": (c_int32, [c_void_p, c_void_p, _STREAM, _ERROR]),
+    "ep_cuda_ll_is_finished": (c_int32, [c_void_p, c_int64]),
+    "ep_cuda_ll_wait": (c_int32, [c_void_p, c_int64, _ERROR]),
+    "ep_cuda_ll_check": (c_int32, [c_void_p, c_int64, _ERROR]),
+    "ep_cuda_ll_make_stream_wait": (c_int32, [c_void_p, c_int64, _STREAM, _ERROR]),
+}
+_MIRRORS = (LlSizes, LlDispatchArgs, LlCombineArgs)
+
+
 @functools.cache
 def ll_library() -> ctypes.CDLL:
     """Loads the CPU core's low-latency interface. Raises EPDeviceError as load_library()."""
-    mirrors = (LlSizes, LlDispatchArgs, LlCombineArgs)
-    return load_library(CPU_LIBRARY, _SIGNATURES, "ep_ll_abi_sizes", mirrors)
+    return load_library(CPU_LIBRARY, _SIGNATURES, "ep_ll_abi_sizes", _MIRRORS)
+
+
+@functools.cache
+def cuda_ll_library() -> ctypes.CDLL:
+    """The same of the CUDA core."""
+    return load_library(CUDA_LIBRARY, _CUDA_SIGNATURES, "ep_cuda_ll_abi_sizes", _MIRRORS)

@@ -20,12 +20,12 @@ from ep_kernels.backend import Backend, CallOptions
 from ep_kernels.bootstrap import Bootstrap, make_bootstrap
 from ep_kernels.checks import check_int
 from ep_kernels.config import ExpertToRank, Layout, Settings, agree_on_settings
-from ep_kernels.errors import EPConfigError, EPDeviceError
+from ep_kernels.errors import EPConfigError
 from ep_kernels.event import Event
 from ep_kernels.handle import CombineResult, DispatchHandle, DispatchLayout, DispatchResult
 from ep_kernels.ht import HighThroughput, NewRouting
 from ep_kernels.lanes import ScaleoutStats
-from ep_kernels.ll import LowLatency
+from ep_kernels.ll import LowLatency, Region
 from ep_kernels.ll_calls import LowLatencyCalls
 from ep_kernels.ll_checks import GroupSizes
 from ep_kernels.registry import register
@@ -63,7 +63,7 @@ class Buffer(LowLatencyCalls):
         num_local_ranks: ranks per node; a token crosses the network once per node (see
             docs/multi-node.md). None: those that run in one place, as found.
         staging_bytes: limit of the memory for rows on their way between nodes. None: 32 MiB.
-        low_latency_bytes: memory for low-latency calls besides, see low_latency_size_hint(); CPU.
+        low_latency_bytes: memory for low-latency calls besides, see low_latency_size_hint().
         mask_silent_ranks: a rank that is dead or silent is left out of low-latency calls from then
             on, and reported, instead of EPTimeoutError. Masking a rank that may still write takes
             up to low_latency_bytes of the pool, until it has ended or is back.
@@ -316,20 +316,13 @@ class Buffer(LowLatencyCalls):
     def _make_low_latency(self, settings: Settings) -> LowLatency | None:
         if settings.low_latency_bytes == 0:
             return None
-        from ep_kernels.cpu_backend import CpuBackend
-        from ep_kernels.cpu_ll import CpuLowLatency
-
-        assert isinstance(self._backend, CpuBackend)
-        region = CpuLowLatency(
-            self._backend,
-            settings.low_latency_bytes,
-            mask_silent_ranks=settings.mask_silent_ranks,
-        )
         group = GroupSizes(
             num_ranks=self.num_ranks,
             num_experts=self.num_experts,
             num_local_experts=self.num_local_experts,
+            device=self.device,
         )
+        region = _make_region(self._usable_backend(), settings)
         return LowLatency(region, group, rank=self.rank, num_sms=self.num_sms)
 
     def _usable(self) -> HighThroughput:
@@ -356,11 +349,6 @@ def _make_backend(bootstrap: Bootstrap, settings: Settings, topology: Topology) 
         from ep_kernels.cpu_backend import CpuBackend
 
         return CpuBackend(bootstrap, settings, topology)
-    if settings.low_latency_bytes:
-        raise EPDeviceError(
-            f"low_latency_bytes={settings.low_latency_bytes} with device={settings.device}: "
-            "low-latency mode on CUDA is not part of this version"
-        )
     if topology.num_nodes > 1:
         raise EPConfigError(
             f"device={settings.device!r}: the group spans {topology.num_nodes} nodes of "
@@ -369,6 +357,21 @@ def _make_backend(bootstrap: Bootstrap, settings: Settings, topology: Topology) 
     from ep_kernels.cuda_backend import CudaBackend
 
     return CudaBackend(bootstrap, settings)
+
+
+def _make_region(backend: Backend, settings: Settings) -> Region:
+    num_bytes, mask_silent_ranks = settings.low_latency_bytes, settings.mask_silent_ranks
+    if settings.device == "cpu":
+        from ep_kernels.cpu_backend import CpuBackend
+        from ep_kernels.cpu_ll import CpuLowLatency
+
+        assert isinstance(backend, CpuBackend)
+        return CpuLowLatency(backend, num_bytes, mask_silent_ranks=mask_silent_ranks)
+    from ep_kernels.cuda_backend import CudaBackend
+    from ep_kernels.cuda_ll import CudaLowLatency
+
+    assert isinstance(backend, CudaBackend)
+    return CudaLowLatency(backend, num_bytes, mask_silent_ranks=mask_silent_ranks)
 
 
 @atexit.register

@@ -98,7 +98,7 @@ class CpuLowLatency:
         )
         return number.value, self._event(op, receive, keep)
 
-    def receive(self, number: int) -> None:
+    def receive(self, number: int, *, keep: Any) -> None:
         _native.call(self._library.ep_ll_receive, self._core(), number)
 
     def release(self, dispatch: int) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,7 +75,8 @@ class CudaBackend:
     def __init__(self, bootstrap: Bootstrap, settings: Settings) -> None:
         self.device = torch.device(settings.device)
         self._pid = os.getpid()
-        self._pool_base, self._pool_bytes = 0, settings.pool_bytes
+        self._pool_base, self._pool_bytes = 0, settings.total_pool_bytes
+        self._when_destroyed: list[Callable[[], None]] = []
         self._pending: list[tuple[int, Any]] = []  # call, what it uses
         self._captured: list[Any] = []  # memory that a graph will use again
         self._buffer: int | None = None
@@ -105,8 +107,9 @@ class CudaBackend:
             num_ranks=bootstrap.num_ranks,
             num_experts=settings.num_experts,
             expert_rank=ctypes.addressof(experts),
-            pool_bytes=settings.pool_bytes,
+            pool_bytes=settings.total_pool_bytes,
             timeout_us=int(settings.timeout_s * 1e6),
+            low_latency_bytes=settings.low_latency_bytes,
         )
         out = ctypes.c_void_p()
         _native.call(
@@ -299,6 +302,11 @@ class CudaBackend:
                 self._current_stream(),
             )
 
+    def finish_calls(self) -> None:
+        """Waits on the host for all calls under way."""
+        for number, _ in list(self._pending):
+            self.wait(number)
+
     def end_event(self, number: int) -> int | None:
         """The cudaEvent_t at the end of a call."""
         return self._library.ep_cuda_end_event(self._buffer, number)
@@ -336,6 +344,15 @@ class CudaBackend:
 
     # End
 
+    @property
+    def core(self) -> int | None:
+        """The compiled buffer; None after destroy()."""
+        return self._buffer
+
+    def when_destroyed(self, function: Callable[[], None]) -> None:
+        """Calls `function` once the device is idle, before the compiled buffer is gone."""
+        self._when_destroyed.append(function)
+
     def destroy(self) -> None:
         """Waits for the device and leaves the group; results stay valid. Idempotent."""
         if self._buffer is None or self._pid != os.getpid():
@@ -344,4 +361,6 @@ class CudaBackend:
         self._pending.clear()
         self._captured.clear()
         _native.call(self._library.ep_cuda_buffer_destroy, buffer)
+        while self._when_destroyed:
+            self._when_destroyed.pop()()
         self._library.ep_cuda_buffer_delete(buffer)

@@ -9,7 +9,7 @@ import contextlib
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
@@ -33,10 +33,29 @@ from ep_kernels.ll_handle import (
     LowLatencyRequest,
 )
 
-if TYPE_CHECKING:
-    from ep_kernels.cpu_ll import CpuLowLatency
-
 SCALE_GROUP = 128
+
+
+class Region(Protocol):
+    """The compiled calls of a backend, `cpu_ll.py` or `cuda_ll.py`."""
+
+    def half_offsets(
+        self, sizes: LlSizes, num_ranks: int, num_local_experts: int
+    ) -> tuple[int, int, int]: ...
+    def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor: ...
+    def dispatch(
+        self, args: LlDispatchArgs, receive: int, *, keep: Any
+    ) -> tuple[int, int, Event | None]: ...
+    def combine(
+        self, args: LlCombineArgs, receive: int, *, keep: Any
+    ) -> tuple[int, Event | None]: ...
+    def receive(self, number: int, *, keep: Any) -> None: ...
+    def release(self, dispatch: int) -> None: ...
+    def barrier(self) -> None: ...
+    def refuse(self, reason: str) -> None: ...
+    def mask(self, rank: int) -> None: ...
+    def unmask(self, rank: int) -> None: ...
+    def query_mask(self, num_ranks: int) -> torch.Tensor: ...
 
 
 def make_sizes(*, num_max_tokens_per_rank: int, hidden: int, format: int = BF16) -> LlSizes:
@@ -82,7 +101,7 @@ class LowLatency:
     """The low-latency calls of one buffer."""
 
     def __init__(
-        self, region: CpuLowLatency, group: GroupSizes, *, rank: int, num_sms: int
+        self, region: Region, group: GroupSizes, *, rank: int, num_sms: int
     ) -> None:
         self._region, self._group = region, group
         self._identity = object()
@@ -102,8 +121,10 @@ class LowLatency:
         num_tokens, num_topk = topk_idx.shape
         num_local, num_ranks = self._group.num_local_experts, self._group.num_ranks
         num_choices = num_tokens * num_topk
-        words = torch.empty(2 * num_choices + num_local * (1 + num_ranks), dtype=torch.int32)
-        missing = torch.zeros(num_ranks, dtype=torch.bool)
+        device = self._group.device
+        num_words = 2 * num_choices + num_local * (1 + num_ranks)
+        words = torch.empty(num_words, dtype=torch.int32, device=device)
+        missing = torch.empty(num_ranks, dtype=torch.bool, device=device)
         base = words.data_ptr()
         stats = request.cumulative_recv_stats
         args = LlDispatchArgs(
@@ -166,8 +187,10 @@ class LowLatency:
             ll_checks.check_combine(inputs, handle, request, self._group)
         out = request.out
         if out is None:
-            out = torch.empty(handle.num_tokens, handle.hidden, dtype=torch.bfloat16)
-        missing = torch.zeros(self._group.num_ranks, dtype=torch.bool)
+            out = torch.empty(
+                handle.num_tokens, handle.hidden, dtype=torch.bfloat16, device=self._group.device
+            )
+        missing = torch.empty(self._group.num_ranks, dtype=torch.bool, device=self._group.device)
         experts = handle.routing.data_ptr()
         args = LlCombineArgs(
             x=x.data_ptr(),
@@ -265,11 +288,11 @@ class LowLatency:
 class _ReceiveHook:
     """Runs the receive half of a call; a second time does nothing."""
 
-    def __init__(self, region: CpuLowLatency, number: int, keep: Any) -> None:
+    def __init__(self, region: Region, number: int, keep: Any) -> None:
         self._region, self._number = region, number
         self._keep = keep  # what the receive half reads and writes
 
     def __call__(self) -> None:
         if self._keep is not None:
-            self._region.receive(self._number)
+            self._region.receive(self._number, keep=self._keep)
             self._keep = None

@@ -16,7 +16,6 @@ BF16, FP8, FP8_ROUNDED, FP8_UE8M0 = range(4)
 """Formats of rows, `csrc/core/ll_args.h`."""
 
 WIRE_FORMATS = {"bf16": 0, "fp8": 1}
-CPU = torch.device("cpu")
 MAX_TOKENS = 1 << 20
 MAX_RANKS = 256
 MAX_HIDDEN, MAX_EXPERTS = 1 << 17, 1 << 14
@@ -25,11 +24,12 @@ MAX_HIDDEN, MAX_EXPERTS = 1 << 17, 1 << 14
 
 @dataclass(frozen=True, kw_only=True)
 class GroupSizes:
-    """R, E and L."""
+    """R, E and L, and where rows live."""
 
     num_ranks: int
     num_experts: int
     num_local_experts: int
+    device: torch.device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,10 @@ class CombineInputs:
 
 def check_dispatch(x: Any, topk_idx: Any, request: LowLatencyRequest, group: GroupSizes) -> None:
     """Tensors and sizes of Buffer.low_latency_dispatch()."""
-    checks.check_tensor("x", x, dtypes=[torch.bfloat16], shape=(None, None), device=CPU)
+    checks.check_tensor("x", x, dtypes=[torch.bfloat16], shape=(None, None), device=group.device)
+    checks.check_aligned("x", x)
     checks.check_topk_idx(
-        topk_idx, num_tokens=x.shape[0], num_experts=group.num_experts, device=CPU
+        topk_idx, num_tokens=x.shape[0], num_experts=group.num_experts, device=group.device
     )
     if request.num_experts != group.num_experts:
         raise EPConfigError(
@@ -59,7 +60,7 @@ def check_dispatch(x: Any, topk_idx: Any, request: LowLatencyRequest, group: Gro
             request.cumulative_recv_stats,
             dtypes=[torch.int32, torch.int64],
             shape=(group.num_local_experts,),
-            device=CPU,
+            device=group.device,
         )
     _check_wait_stats(request.wait_recv_cost_stats, group)
 
@@ -73,10 +74,11 @@ def check_combine(
     """Tensors of Buffer.low_latency_combine(), against the dispatch of its handle."""
     x, buffer = inputs.x, handle.combine_buffer
     bf16, shape = [torch.bfloat16], (handle.num_tokens, handle.num_topk)
-    checks.check_tensor("x", x, dtypes=bf16, shape=tuple(buffer.shape), device=CPU)
-    checks.check_tensor("topk_idx", inputs.topk_idx, dtypes=[torch.int64], shape=shape, device=CPU)
+    checks.check_tensor("x", x, dtypes=bf16, shape=tuple(buffer.shape), device=group.device)
+    checks.check_aligned("x", x)
+    checks.check_tensor("topk_idx", inputs.topk_idx, dtypes=[torch.int64], shape=shape, device=group.device)
     checks.check_tensor(
-        "topk_weights", inputs.topk_weights, dtypes=[torch.float32], shape=shape, device=CPU
+        "topk_weights", inputs.topk_weights, dtypes=[torch.float32], shape=shape, device=group.device
     )
     if request.wire_format not in WIRE_FORMATS:
         raise EPConfigError(
@@ -94,7 +96,7 @@ def check_combine(
         )
     if request.out is not None:
         out_shape = (handle.num_tokens, handle.hidden)
-        checks.check_tensor("out", request.out, dtypes=bf16, shape=out_shape, device=CPU)
+        checks.check_tensor("out", request.out, dtypes=bf16, shape=out_shape, device=group.device)
     _check_wait_stats(request.wait_recv_cost_stats, group)
 
 
@@ -105,7 +107,7 @@ def _check_wait_stats(stats: Any, group: GroupSizes) -> None:
             stats,
             dtypes=[torch.int64],
             shape=(group.num_ranks,),
-            device=CPU,
+            device=group.device,
         )
 
 

@@ -4,17 +4,20 @@ ranks      R ranks kept for the whole session; `ranks.run(function, ...)`. R is 
            parameter `num_ranks`, 2 if it has none
 launch     fresh ranks for tests that kill or stop some of them
 backend    the name of a Buffer implementation, see `cases.make_buffer`
+ll_backend of low-latency tests: "cpu" or "cuda", known to the ranks as `ll_cases.backend()`
 """
 
 import functools
 import os
 
+import ll_cases
 import pytest
 import torch
 
 from ep_kernels.testing import RankPool, RankServer, launch
 
 BACKENDS = ("reference", "cpu", "nodes", *(["cuda"] if torch.cuda.is_available() else []))
+LL_BACKENDS = ("cpu", "cuda")
 
 
 def pytest_addoption(parser):
@@ -33,6 +36,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "exhaustive: slow; runs only with --exhaustive")
+    config.addinivalue_line("markers", "cpu_only(reason): of a low-latency test, not for CUDA")
     config.addinivalue_line("markers", "large: needs about 8 GiB of memory")
     torch.set_num_threads(1)
 
@@ -56,6 +60,18 @@ def pytest_generate_tests(metafunc):
     marks = metafunc.definition.iter_markers("parametrize")
     if "backend" in metafunc.fixturenames and not any("backend" in mark.args[0] for mark in marks):
         metafunc.parametrize("backend", metafunc.config.getoption("--backend") or BACKENDS)
+    if "ll_backend" in metafunc.fixturenames:
+        metafunc.parametrize("ll_backend", list(ll_backends(metafunc)))
+
+
+def ll_backends(metafunc):
+    """Those that low-latency tests run on."""
+    cpu_only = metafunc.definition.get_closest_marker("cpu_only")
+    for backend in metafunc.config.getoption("--backend") or BACKENDS:
+        if backend in LL_BACKENDS:
+            is_skipped = cpu_only and backend == "cuda"
+            marks = [pytest.mark.skip(reason=cpu_only.args[0])] if is_skipped else []
+            yield pytest.param(backend, marks=marks)
 
 
 @pytest.fixture(scope="session")
@@ -65,9 +81,25 @@ def rank_server():
 
 
 @pytest.fixture(scope="session")
-def rank_pool(rank_server):
+def session_pool(rank_server):
     with RankPool(rank_server) as pool:
         yield pool
+
+
+@pytest.fixture
+def ll_backend():
+    """The backend of a low-latency test, for all ranks that it runs functions on."""
+    return "cpu"
+
+
+def ll_backend_of(request):
+    return request.getfixturevalue("ll_backend") if "ll_backend" in request.fixturenames else "cpu"
+
+
+@pytest.fixture
+def rank_pool(request, session_pool):
+    backend = ll_backend_of(request)
+    return session_pool if backend == "cpu" else ll_cases.PoolOn(backend, session_pool)
 
 
 @pytest.fixture
@@ -81,8 +113,11 @@ def ranks(rank_pool, num_ranks):
 
 
 @pytest.fixture(name="launch")
-def launch_fixture(rank_server):
-    return functools.partial(launch, rank_server)
+def launch_fixture(request, rank_server):
+    backend = ll_backend_of(request)
+    if backend == "cpu":
+        return functools.partial(launch, rank_server)
+    return functools.partial(launch, rank_server, ll_cases.run_on, backend)
 
 
 @pytest.fixture

@@ -15,6 +15,58 @@ def _move(value, device):
     return value
 
 
+def _is_tensor(value):
+    return isinstance(value, torch.Tensor)
+
+
+class _HostEvent:
+    """The event of a low-latency call, which brings the results to the host."""
+
+    def __init__(self, event, copies):
+        self._event, self._copies = event, copies
+
+    def __getattr__(self, name):
+        return getattr(self._event, name)
+
+    def wait(self):
+        self._event.wait()
+        for host, there in self._copies:
+            host.copy_(there)
+
+
+class _HostHook:
+    def __init__(self, hook, event):
+        self._hook, self._event = hook, event
+
+    def __call__(self):
+        self._hook()
+        self._event.wait()
+
+
+def _to_host(result, given, *, is_async):
+    """The result of a low-latency call with tensors on the host, filled when they are there.
+
+    `given`: pairs of tensors of the caller and their copies on the device.
+    """
+    copies, fields_here = list(given), {}
+    for f in fields(result):
+        there = getattr(result, f.name)
+        if not _is_tensor(there):
+            continue
+        host = next((mine for mine, copy in given if copy is there), None)
+        if host is None:
+            host = torch.empty_strided(there.shape, there.stride(), dtype=there.dtype)
+            copies.append((host, there))
+        fields_here[f.name] = host
+    event = _HostEvent(result.event, copies)
+    fields_here["event"] = event
+    if result.hook is not None:
+        fields_here["hook"] = _HostHook(result.hook, event)
+    elif not is_async:
+        event.wait()
+    return replace(result, **fields_here)
+
+
 class HostView:
     """Everything else is the buffer's own."""
 
@@ -38,6 +90,19 @@ class HostView:
 
     def combine(self, x, handle, **options):
         return self._call(self._buffer.combine, (x, handle), options)
+
+    def low_latency_dispatch(self, x, topk_idx, **options):
+        return self._low_latency(self._buffer.low_latency_dispatch, (x, topk_idx), options)
+
+    def low_latency_combine(self, *arguments, **options):
+        return self._low_latency(self._buffer.low_latency_combine, arguments, options)
+
+    def _low_latency(self, method, arguments, options):
+        device = self._buffer.device
+        moved = {name: _move(value, device) for name, value in options.items()}
+        result = method(*(_move(one, device) for one in arguments), **moved)
+        given = [(value, moved[name]) for name, value in options.items() if _is_tensor(value)]
+        return _to_host(result, given, is_async=options.get("async_op", False))
 
     def _call(self, method, arguments, options):
         device = self._buffer.device

@@ -20,6 +20,41 @@ FP8_OPTIONS = {
 }
 
 
+_backend = ["cpu"]  # of this rank, while a function runs
+
+
+def backend():
+    """What make_ll_buffer() makes on this rank."""
+    return _backend[0]
+
+
+def run_on(rank, backend, function, *args):
+    """Runs a function of a rank with buffers of `backend`."""
+    _backend[0] = backend
+    try:
+        return function(rank, *args)
+    finally:
+        _backend[0] = "cpu"
+
+
+class PoolOn:
+    """Ranks that run functions with buffers of a backend."""
+
+    def __init__(self, backend, pool):
+        self._backend, self._pool = backend, pool
+
+    def get(self, num_ranks):
+        return RanksOn(self._backend, self._pool.get(num_ranks))
+
+
+class RanksOn:
+    def __init__(self, backend, ranks):
+        self._backend, self._ranks = backend, ranks
+
+    def run(self, function, *args, **options):
+        return self._ranks.run(run_on, self._backend, function, *args, **options)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One batch of all ranks.
@@ -127,7 +162,7 @@ def make_ll_buffer(case, **options):
     options.setdefault("num_sms", case.num_sms)
     if case.placement is not None:
         options.setdefault("expert_to_rank", torch.tensor(case.placement))
-    return make_buffer("cpu", num_experts=case.num_experts, **options)
+    return make_buffer(backend(), num_experts=case.num_experts, **options)
 
 
 def dispatch(buffer, world, **options):

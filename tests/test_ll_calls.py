@@ -15,6 +15,8 @@ from ep_kernels import Buffer, Layout
 from ep_kernels.errors import EPConfigError
 from ep_kernels.testing import assert_bitwise_equal
 
+pytestmark = pytest.mark.usefixtures("ll_backend")
+
 CASE = Case(num_tokens=(40, 23, 50, 7), num_topk=3)
 OTHER = replace(CASE, seed=5, routing="zipf", num_tokens=(3, 60, 0, 64))
 

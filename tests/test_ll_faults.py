@@ -26,6 +26,14 @@ from ep_kernels import Buffer
 from ep_kernels.errors import EPConfigError, EPDeviceError, EPTimeoutError
 from ep_kernels.testing import assert_bitwise_equal
 
+pytestmark = pytest.mark.usefixtures("ll_backend")
+
+KILLS = pytest.mark.cpu_only(
+    "kills a process that others share a GPU with; a kernel sees a dead rank as a silent one"
+)
+COPIES = pytest.mark.cpu_only("a kernel goes on when its process is stopped")
+WINDOWS = pytest.mark.cpu_only("windows stay where they are, graphs have their addresses")
+
 VICTIM = 1
 CASE = Case(num_ranks=3, num_tokens=(40, 30, 50), num_topk=3, num_experts=6)
 LARGE = replace(CASE, hidden=7168, num_tokens=(60, 64, 50))
@@ -105,6 +113,7 @@ def on_rank_killed(rank, inside):
     group.check_failed(error)
 
 
+@KILLS
 @pytest.mark.parametrize("inside", [False, True], ids=["before", "inside"])
 def test_a_dead_rank_is_named_at_once(launch, inside):
     launch(on_rank_killed, inside, num_ranks=3, lost=[VICTIM])
@@ -129,6 +138,7 @@ def on_rank_killed_before_the_hook(rank, operation):
         group.check_failed(error_of(ll_cases.combine, group.buffer, world, result.handle))
 
 
+@KILLS
 @pytest.mark.parametrize("operation", ["dispatch", "combine"])
 def test_a_hook_names_the_dead_rank(launch, operation):
     launch(on_rank_killed_before_the_hook, operation, num_ranks=3, lost=[VICTIM])
@@ -213,6 +223,7 @@ def on_rank_masks_the_dead(rank, case, delay_s):
     group.buffer.destroy()
 
 
+@KILLS
 @pytest.mark.parametrize("number", range(6))
 def test_a_rank_that_dies_at_any_moment_is_masked(launch, number, is_exhaustive):
     """In the odd tests with large rows: it dies while it copies."""
@@ -267,7 +278,7 @@ def on_rank_stops_while_it_copies(rank):
     num_tokens, most, hidden = (20, 1024, 400), 1024, 7168
     sizes = dict(num_max_tokens_per_rank=most, num_experts=6)
     buffer = cases.make_buffer(
-        "cpu",
+        ll_cases.backend(),
         num_experts=6,
         low_latency_bytes=Buffer.low_latency_size_hint(hidden=hidden, num_ranks=3, **sizes),
         timeout_s=STOP_S,
@@ -293,6 +304,7 @@ def on_rank_stops_while_it_copies(rank):
     buffer.destroy()
 
 
+@COPIES
 def test_what_a_stopped_rank_still_writes_harms_nobody(launch):
     launch(on_rank_stops_while_it_copies, num_ranks=3)
 
@@ -409,6 +421,7 @@ def on_rank_stops_while_it_returns(rank):
     group.buffer.destroy()
 
 
+@COPIES
 def test_a_rank_that_stops_while_it_returns_stays_masked(launch):
     launch(on_rank_stops_while_it_returns, num_ranks=2)
 
@@ -445,6 +458,7 @@ def on_rank_full_pool(rank):
     group.buffer.destroy()
 
 
+@WINDOWS
 def test_a_rank_whose_pool_is_full_refuses_the_call_and_works_on(launch):
     launch(on_rank_full_pool, num_ranks=3)
 
@@ -489,6 +503,7 @@ def test_silent_ranks_are_waited_for_together(launch):
     launch(on_rank_two_stopped, (1, 2), num_ranks=4, lost=(1, 2))
 
 
+@KILLS
 @pytest.mark.parametrize("victims", [(0, 3), (1, 2, 3)], ids=str)
 def test_several_ranks_may_be_masked(launch, victims):
     launch(on_rank_two_dead, victims, num_ranks=4, lost=victims)

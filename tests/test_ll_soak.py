@@ -10,6 +10,8 @@ import pytest
 import torch
 from ll_cases import Case, World
 
+pytestmark = pytest.mark.usefixtures("ll_backend")
+
 NUM_BATCHES = 16
 
 

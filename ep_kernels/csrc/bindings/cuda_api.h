@@ -16,6 +16,7 @@ struct EpCudaConfig {
   const int32_t* expert_rank;  // [num_experts]
   int64_t pool_bytes;
   int64_t timeout_us;
+  int64_t low_latency_bytes;  // first range of the pool, whose words are zeroed
 };
 
 struct EpCallOrder {

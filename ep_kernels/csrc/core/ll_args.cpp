@@ -30,6 +30,9 @@ void validate(const LlCombineArgs& args, const LlSizes& sizes) {
            ", which wire_format fp8 needs to be a multiple of ", kScaleGroup);
   EP_CHECK(wire != LlWire::kFP8 || args.is_zero_copy == 0,
            "zero_copy=True needs wire_format bf16: compressed rows are copied");
+}
+
+void check_routing(const LlCombineArgs& args, const LlSizes& sizes) {
   for (int64_t i = 0; i < sizes.num_tokens * sizes.num_topk; ++i)
     EP_CHECK(args.topk_idx[i] == args.experts[i], "topk_idx[", i / sizes.num_topk, ", ",
              i % sizes.num_topk, "]=", args.topk_idx[i], ", but this handle dispatched ",

@@ -65,4 +65,7 @@ struct LlCombineArgs {
 void validate(const LlDispatchArgs& args);
 void validate(const LlCombineArgs& args, const LlSizes& sizes);
 
+/// That topk_idx is the one dispatched, in host memory. Throws ConfigError.
+void check_routing(const LlCombineArgs& args, const LlSizes& sizes);
+
 }  // namespace ep

@@ -182,6 +182,7 @@ std::shared_ptr<LowLatency::Call> LowLatency::send_combine(const LlCombineArgs& 
     EP_CHECK(!half.is_combining, "handle (of low-latency dispatch ", args.dispatch,
              ") is being combined already");
     validate(args, half.dispatch->args.sizes);
+    check_routing(args, half.dispatch->args.sizes);
   });
   call->number = open_call();
   call->op = LlOp::kCombine;

@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "core/check.h"
+#include "core/ll_layout.h"
 #include "core/math.h"
 #include "cuda/check_cuda.h"
 #include "cuda/kernels.h"
@@ -14,19 +15,6 @@ namespace ep::cuda {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-
-/// Makes a device current for a scope.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    EP_CHECK_CUDA(cudaGetDevice(&previous_));
-    if (previous_ != device) EP_CHECK_CUDA(cudaSetDevice(device));
-  }
-  ~DeviceGuard() { cudaSetDevice(previous_); }
-
- private:
-  int previous_ = 0;
-};
 
 template <typename T>
 void allocate_device(T** memory, size_t num_bytes) {
@@ -50,6 +38,13 @@ std::string bad_choice(const CallRecord& record, int num_experts) {
 }
 
 }  // namespace
+
+DeviceGuard::DeviceGuard(int device) {
+  EP_CHECK_CUDA(cudaGetDevice(&previous_));
+  if (previous_ != device) EP_CHECK_CUDA(cudaSetDevice(device));
+}
+
+DeviceGuard::~DeviceGuard() { cudaSetDevice(previous_); }
 
 Pool::Pool(int on_device, int64_t control_bytes, int64_t pool_bytes)
     : device(on_device), allocator(pool_bytes) {
@@ -75,6 +70,10 @@ Buffer::Buffer(const Config& config) : config_(config) {
   DeviceGuard guard(config.device);
   control_bytes_ = static_cast<int64_t>(ControlLayout(config.num_ranks, num_experts()).num_bytes);
   pool_ = std::make_shared<Pool>(config.device, control_bytes_, config.pool_bytes);
+  const LlControlLayout words(config.num_ranks, num_experts());
+  const int64_t num_words = std::min(config.low_latency_bytes, static_cast<int64_t>(words.num_bytes));
+  EP_CHECK_CUDA(cudaMemset(pool_->segment + control_bytes_, 0, static_cast<size_t>(num_words)));
+  EP_CHECK_CUDA(cudaDeviceSynchronize());
 
   std::vector<int32_t> tables(config.expert_rank), num_local(config.num_ranks, 0);
   for (const int32_t rank : config.expert_rank) tables.push_back(num_local[rank]++);
@@ -166,6 +165,10 @@ void Buffer::check_usable() const {
   EP_CHECK(!is_destroyed_, "this buffer was destroyed and cannot be used any more");
   if (!failure_.empty())
     throw DeviceError("this buffer failed and cannot be used any more: " + failure_);
+}
+
+void Buffer::fail(const std::string& why) {
+  if (failure_.empty()) failure_ = why;
 }
 
 /// Takes a record and makes the communication stream wait for what the call has to come after.

@@ -26,6 +26,18 @@ struct Pool {
   PoolAllocator allocator;
 };
 
+/// Makes a device current for a scope.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+};
+
 /// How a call is ordered with the work of its caller.
 struct CallOrder {
   cudaStream_t caller;
@@ -42,6 +54,7 @@ class Buffer {
     int rank, num_ranks;
     int64_t pool_bytes;
     int64_t timeout_us;
+    int64_t low_latency_bytes;  ///< first range of the pool, whose words are zeroed
     std::vector<int32_t> expert_rank;
   };
 
@@ -58,6 +71,15 @@ class Buffer {
   uint8_t* pool_base() const { return group_.segments[config_.rank] + control_bytes_; }
   int num_local_experts() const { return group_.num_local_experts; }
   int num_experts() const { return static_cast<int>(config_.expert_rank.size()); }
+  const DeviceGroup& group() const { return group_; }
+  const std::vector<int32_t>& expert_rank() const { return config_.expert_rank; }
+  int device() const { return config_.device; }
+  int64_t timeout_us() const { return config_.timeout_us; }
+
+  /// Throws if the buffer was destroyed or has failed.
+  void check_usable() const;
+  /// A call has run out of time: no more calls.
+  void fail(const std::string& why);
 
   // Calls. Each returns its number.
 
@@ -98,7 +120,6 @@ class Buffer {
     bool is_pending;  // noted since a call last waited for it
   };
 
-  void check_usable() const;
   int64_t begin_call(const CallOrder& order);
   void end_call(int64_t call, const CallOrder& order);
   void launch_routing(int64_t call, const HtDispatchArgs& args, const PostArgs& post);

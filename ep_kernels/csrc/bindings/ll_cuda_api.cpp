@@ -1,0 +1,109 @@
+#include "bindings/ll_cuda_api.h"
+
+#include "bindings/cuda_handles.h"
+#include "cuda/low_latency.h"
+
+struct EpCudaLowLatency {
+  ep::cuda::LowLatency impl;
+  int num_ranks;
+};
+
+using ep::guarded;
+using ep::cuda::LowLatency;
+
+namespace {
+
+cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
+
+}  // namespace
+
+void ep_cuda_ll_abi_sizes(int32_t sizes[3]) {
+  sizes[0] = sizeof(ep::LlSizes);
+  sizes[1] = sizeof(ep::LlDispatchArgs);
+  sizes[2] = sizeof(ep::LlCombineArgs);
+}
+
+int32_t ep_cuda_ll_create(EpCudaBuffer* buffer, int64_t region, int64_t region_bytes,
+                          int32_t mask_silent_ranks, EpCudaLowLatency** low_latency,
+                          EpError* error) {
+  return guarded(error, [&] {
+    const LowLatency::Config config{region, region_bytes, mask_silent_ranks != 0};
+    *low_latency = new EpCudaLowLatency{{buffer->impl, config}, buffer->impl.group().num_ranks};
+  });
+}
+
+void ep_cuda_ll_delete(EpCudaLowLatency* low_latency) { delete low_latency; }
+
+int32_t ep_cuda_ll_dispatch(EpCudaLowLatency* low_latency, const ep::LlDispatchArgs* args,
+                            int32_t receive, void* stream, int64_t* number, int64_t* window,
+                            EpError* error) {
+  return guarded(error, [&] {
+    const LowLatency::Started started = low_latency->impl.dispatch(
+        *args, static_cast<LowLatency::Receive>(receive), as_stream(stream));
+    *number = started.number;
+    *window = started.window;
+  });
+}
+
+int32_t ep_cuda_ll_combine(EpCudaLowLatency* low_latency, const ep::LlCombineArgs* args,
+                           int32_t receive, void* stream, int64_t* number, EpError* error) {
+  return guarded(error, [&] {
+    *number = low_latency->impl
+                  .combine(*args, static_cast<LowLatency::Receive>(receive), as_stream(stream))
+                  .number;
+  });
+}
+
+int32_t ep_cuda_ll_receive(EpCudaLowLatency* low_latency, int64_t number, void* stream,
+                           EpError* error) {
+  return guarded(error, [&] { low_latency->impl.receive(number, as_stream(stream)); });
+}
+
+void ep_cuda_ll_release(EpCudaLowLatency* low_latency, int64_t dispatch) {
+  low_latency->impl.release(dispatch);
+}
+
+int32_t ep_cuda_ll_barrier(EpCudaLowLatency* low_latency, void* stream, EpError* error) {
+  return guarded(error, [&] { low_latency->impl.barrier(as_stream(stream)); });
+}
+
+int32_t ep_cuda_ll_refuse(EpCudaLowLatency* low_latency, const char* reason, void* stream,
+                          EpError* error) {
+  return guarded(error, [&] { low_latency->impl.refuse(reason, as_stream(stream)); });
+}
+
+int32_t ep_cuda_ll_mask(EpCudaLowLatency* low_latency, int32_t rank, void* stream,
+                        EpError* error) {
+  return guarded(error, [&] { low_latency->impl.mask(rank, as_stream(stream)); });
+}
+
+int32_t ep_cuda_ll_unmask(EpCudaLowLatency* low_latency, int32_t rank, void* stream,
+                          EpError* error) {
+  return guarded(error, [&] { low_latency->impl.unmask(rank, as_stream(stream)); });
+}
+
+int32_t ep_cuda_ll_query_mask(EpCudaLowLatency* low_latency, uint8_t* is_masked, void* stream,
+                              EpError* error) {
+  return guarded(error, [&] {
+    const ep::cuda::LlRanks masked = low_latency->impl.masked(as_stream(stream));
+    for (int rank = 0; rank < low_latency->num_ranks; ++rank)
+      is_masked[rank] = ep::cuda::ll_has(masked, rank) ? 1 : 0;
+  });
+}
+
+int32_t ep_cuda_ll_is_finished(EpCudaLowLatency* low_latency, int64_t number) {
+  return low_latency->impl.is_finished(number);
+}
+
+int32_t ep_cuda_ll_wait(EpCudaLowLatency* low_latency, int64_t number, EpError* error) {
+  return guarded(error, [&] { low_latency->impl.wait(number); });
+}
+
+int32_t ep_cuda_ll_check(EpCudaLowLatency* low_latency, int64_t number, EpError* error) {
+  return guarded(error, [&] { low_latency->impl.check(number); });
+}
+
+int32_t ep_cuda_ll_make_stream_wait(EpCudaLowLatency* low_latency, int64_t number, void* stream,
+                                    EpError* error) {
+  return guarded(error, [&] { low_latency->impl.make_stream_wait(number, as_stream(stream)); });
+}

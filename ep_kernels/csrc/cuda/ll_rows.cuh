@@ -1,0 +1,137 @@
+#pragma once
+
+#include <cstdint>
+
+#include "core/fp8.h"
+#include "core/ll_layout.h"
+#include "cuda/device/elements.cuh"
+#include "cuda/ll_group.h"
+
+// Rows of low-latency mode, a piece of a row per warp: how a piece becomes what travels, and how it
+// is weighed and summed. The bits are those of cpu/ll_cast_loops.h and cpu/reduce*.
+
+namespace ep::cuda {
+
+constexpr int kLlWarpSize = 32;
+constexpr unsigned kLlLanes = 0xffffffffu;
+
+__device__ __forceinline__ uint16_t ll_half_word(const uint4& v, int i) {
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+  return static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
+}
+
+/// One lane's part of a piece, as it travels.
+struct LlPiece {
+  uint4 data;
+  float scale;
+};
+
+/// Where a choice of a token goes: its row and the first scale of it; null: nowhere.
+struct LlTarget {
+  uint8_t* row;
+  uint8_t* scales;
+};
+
+/// The pieces of rows that travel as bf16: 8 channels per lane.
+struct LlSendBF16 {
+  static constexpr int kChannels = 8 * kLlWarpSize;
+
+  static __device__ __forceinline__ LlPiece load(const LlDispatchArgs& args, int64_t token,
+                                                 int piece, int lane) {
+    const int64_t channel = int64_t{piece} * kChannels + 8 * lane;
+    if (channel >= args.sizes.hidden) return {};
+    const uint16_t* x = args.x + token * args.sizes.hidden + channel;
+    return {load_once(reinterpret_cast<const uint4*>(x)), 0.0f};
+  }
+
+  static __device__ __forceinline__ void store(const LlDispatchArgs& args, const LlPiece& piece,
+                                               const LlTarget& to, int number, int64_t, int lane) {
+    const int64_t channel = int64_t{number} * kChannels + 8 * lane;
+    if (channel < args.sizes.hidden)
+      *reinterpret_cast<uint4*>(to.row + 2 * channel) = piece.data;
+  }
+};
+
+/// Sixteen channels as e4m3.
+__device__ __forceinline__ uint4 ll_cast(const uint4& low, const uint4& high, float inverse) {
+  uint32_t words[4];
+#pragma unroll
+  for (int word = 0; word < 4; ++word) {
+    words[word] = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int element = word * 4 + i;
+      const uint16_t bits = ll_half_word(element < 8 ? low : high, element % 8);
+      const uint32_t cast = float_to_e4m3(__fmul_rn(bf16_to_float(bits), inverse));
+      words[word] |= cast << (8 * i);
+    }
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+/// The pieces of rows that travel as e4m3: 16 channels per lane, 8 lanes to a scale.
+template <LlFormat kFormat>
+struct LlSendFP8 {
+  static constexpr int kChannels = 16 * kLlWarpSize;
+  static constexpr int kLanesOfGroup = kScaleGroup / 16;
+
+  /// All lanes. Casts a piece of a row.
+  static __device__ __forceinline__ LlPiece cast(const uint16_t* row, int64_t hidden, int piece,
+                                                 int lane) {
+    const int64_t channel = int64_t{piece} * kChannels + 16 * lane;
+    uint4 low{}, high{};
+    if (channel < hidden) {
+      low = load_once(reinterpret_cast<const uint4*>(row + channel));
+      high = load_once(reinterpret_cast<const uint4*>(row + channel) + 1);
+    }
+    int largest = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      largest = max(largest, static_cast<int>(bf16_magnitude(ll_half_word(low, i))));
+      largest = max(largest, static_cast<int>(bf16_magnitude(ll_half_word(high, i))));
+    }
+#pragma unroll
+    for (int mask = kLanesOfGroup / 2; mask > 0; mask /= 2)
+      largest = max(largest, __shfl_xor_sync(kLlLanes, largest, mask));
+    const Fp8Scale scale =
+        make_fp8_scale(static_cast<int16_t>(largest), kFormat != LlFormat::kFP8);
+    return {ll_cast(low, high, scale.inverse), scale.scale};
+  }
+
+  static __device__ __forceinline__ LlPiece load(const LlDispatchArgs& args, int64_t token,
+                                                 int piece, int lane) {
+    return cast(args.x + token * args.sizes.hidden, args.sizes.hidden, piece, lane);
+  }
+
+  /// All lanes. The scales of the next channels lie `stride` elements further.
+  static __device__ __forceinline__ void store(const LlDispatchArgs& args, const LlPiece& piece,
+                                               const LlTarget& to, int number, int64_t stride,
+                                               int lane) {
+    const int64_t channel = int64_t{number} * kChannels + 16 * lane;
+    if (channel < args.sizes.hidden) *reinterpret_cast<uint4*>(to.row + channel) = piece.data;
+    constexpr int kGroups = kLlWarpSize / kLanesOfGroup;
+    if constexpr (kFormat == LlFormat::kFP8UE8M0) {
+      uint32_t packed = 0;
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i)
+        packed |= uint32_t{ue8m0(__shfl_sync(kLlLanes, piece.scale, i * kLanesOfGroup))} << (8 * i);
+      if (lane == 0) *reinterpret_cast<uint32_t*>(to.scales + number * stride * 4) = packed;
+    } else {
+      const int group = number * kGroups + lane / kLanesOfGroup;
+      if (lane % kLanesOfGroup == 0 && group < args.sizes.hidden / kScaleGroup)
+        *reinterpret_cast<float*>(to.scales + group * stride * 4) = piece.scale;
+    }
+  }
+};
+
+/// Offset of the first scale of a row in its half.
+__device__ __forceinline__ size_t ll_scale_offset(const LlHalfLayout& half, const LlSizes& sizes,
+                                                  int64_t local, int64_t row) {
+  const int64_t scale_bytes = ll_scale_bytes(static_cast<LlFormat>(sizes.format), sizes.hidden);
+  return half.scales + static_cast<size_t>(local * scale_bytes * half.rows_per_expert + 4 * row);
+}
+
+/// Bytes from a compressed row of combine to its scales: they follow it.
+EP_HOST_DEVICE int64_t ll_wire_scales(int64_t hidden) { return align_up(hidden, int64_t{64}); }
+
+}  // namespace ep::cuda

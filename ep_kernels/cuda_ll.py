@@ -1,0 +1,222 @@
+"""The low-latency region of a CUDA rank, and the compiled calls over it; as cpu_ll.py.
+
+Both halves of a call are enqueued on the stream that is current when they are asked for, the receive
+half of an asynchronous call on a stream of the buffer. The host waits for nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ep_kernels import _native
+from ep_kernels._native_ll import (
+    RECEIVE_ASYNC,
+    RECEIVE_LATER,
+    LlCombineArgs,
+    LlDispatchArgs,
+    LlSizes,
+    cuda_ll_library,
+    ll_library,
+)
+from ep_kernels.errors import EPConfigError
+from ep_kernels.event import Event
+
+if TYPE_CHECKING:
+    from ep_kernels.cuda_backend import CudaBackend
+
+
+class CudaLlOperation:
+    """A low-latency call whose receive half was enqueued, or is left to a hook."""
+
+    def __init__(self, region: CudaLowLatency, number: int) -> None:
+        self._region, self._number = region, number
+
+    def is_finished(self) -> bool:
+        return self._region.is_finished(self._number)
+
+    def wait(self) -> None:
+        self._region.wait(self._number)
+
+    def make_current_stream_wait(self) -> None:
+        self._region.make_current_stream_wait(self._number)
+
+    def interval(self) -> None:
+        return None
+
+
+class CudaLowLatency:
+    """One rank's low-latency region: the first range of its pool.
+
+    Raises:
+        EPConfigError: num_bytes is too small for the words that ranks share, or there are more
+            experts than the kernels have counters for.
+    """
+
+    def __init__(self, backend: CudaBackend, num_bytes: int, *, mask_silent_ranks: bool) -> None:
+        self._library = cuda_ll_library()
+        self._layout = ll_library()  # sizes and offsets are the same on the CPU
+        self._device, self._finish_calls = backend.device, backend.finish_calls
+        self._low_latency: int | None = None
+        self._pending: list[tuple[int, Any]] = []  # call, what it uses
+        self._captured: list[Any] = []  # what a graph will use again
+        self._region = backend.allocate((num_bytes,), torch.uint8)
+        offset = backend.pool_offset(self._region)
+        assert offset == 0, "the region must be at the same place on all ranks"
+        out = ctypes.c_void_p()
+        _native.call(
+            self._library.ep_cuda_ll_create,
+            backend.core,
+            offset,
+            num_bytes,
+            mask_silent_ranks,
+            ctypes.byref(out),
+        )
+        self._low_latency = out.value
+        backend.when_destroyed(self._delete)
+
+    # Memory
+
+    def half_offsets(
+        self, sizes: LlSizes, num_ranks: int, num_local_experts: int
+    ) -> tuple[int, int, int]:
+        """Where a half has its rows, their scales, and the rows for combine."""
+        offsets = (ctypes.c_int64 * 3)()
+        self._layout.ep_ll_half_offsets(ctypes.byref(sizes), num_ranks, num_local_experts, offsets)
+        return offsets[0], offsets[1], offsets[2]
+
+    def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor over the region."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        return self._region[offset : offset + num_bytes].view(dtype).view(shape)
+
+    # Calls
+
+    def dispatch(self, args: LlDispatchArgs, receive: int, *, keep: Any) -> tuple[int, int, Event]:
+        """Number of the call, window of its rows, and the event of the call."""
+        self._poll()
+        number, window = ctypes.c_int64(), ctypes.c_int64()
+        _native.call(
+            self._library.ep_cuda_ll_dispatch,
+            self._core(),
+            ctypes.byref(args),
+            receive,
+            self._stream(),
+            ctypes.byref(number),
+            ctypes.byref(window),
+        )
+        return number.value, window.value, self._event(number.value, receive, keep)
+
+    def combine(self, args: LlCombineArgs, receive: int, *, keep: Any) -> tuple[int, Event]:
+        """Number of the call, and the event of the call."""
+        self._poll()
+        number = ctypes.c_int64()
+        _native.call(
+            self._library.ep_cuda_ll_combine,
+            self._core(),
+            ctypes.byref(args),
+            receive,
+            self._stream(),
+            ctypes.byref(number),
+        )
+        return number.value, self._event(number.value, receive, keep)
+
+    def receive(self, number: int, *, keep: Any) -> None:
+        _native.call(self._library.ep_cuda_ll_receive, self._core(), number, self._stream())
+        self._keep_until_finished(number, keep)
+
+    def release(self, dispatch: int) -> None:
+        """The handle is gone. Does nothing after destroy()."""
+        if self._low_latency is not None:
+            self._library.ep_cuda_ll_release(self._low_latency, dispatch)
+
+    def barrier(self) -> None:
+        """Waits on the host, too."""
+        self._finish_calls()
+        _native.call(self._library.ep_cuda_ll_barrier, self._core(), self._stream())
+
+    def refuse(self, reason: str) -> None:
+        _native.call(
+            self._library.ep_cuda_ll_refuse, self._core(), reason.encode(), self._stream()
+        )
+
+    def mask(self, rank: int) -> None:
+        _native.call(self._library.ep_cuda_ll_mask, self._core(), rank, self._stream())
+
+    def unmask(self, rank: int) -> None:
+        """Takes a rank back; all masked ones for -1. Waits on the host."""
+        _native.call(self._library.ep_cuda_ll_unmask, self._core(), rank, self._stream())
+
+    def query_mask(self, num_ranks: int) -> torch.Tensor:
+        """In host memory; waits on the host."""
+        mask = torch.zeros(num_ranks, dtype=torch.bool)
+        _native.call(
+            self._library.ep_cuda_ll_query_mask, self._core(), mask.data_ptr(), self._stream()
+        )
+        return mask
+
+    # Calls under way
+
+    def is_finished(self, number: int) -> bool:
+        return self._low_latency is None or bool(
+            self._library.ep_cuda_ll_is_finished(self._low_latency, number)
+        )
+
+    def wait(self, number: int) -> None:
+        if self._low_latency is None:
+            return
+        try:
+            _native.call(self._library.ep_cuda_ll_wait, self._low_latency, number)
+        finally:  # whoever waited knows the outcome; _poll() need not tell it again
+            self._pending = [entry for entry in self._pending if entry[0] != number]
+
+    def make_current_stream_wait(self, number: int) -> None:
+        if self._low_latency is not None:
+            _native.call(
+                self._library.ep_cuda_ll_make_stream_wait,
+                self._low_latency,
+                number,
+                self._stream(),
+            )
+
+    def _poll(self) -> None:
+        """Lets go of finished calls. One that failed makes this call fail, on every rank."""
+        if torch.cuda.is_current_stream_capturing():
+            return
+        while self._pending and self.is_finished(self._pending[0][0]):
+            number, _ = self._pending.pop(0)
+            try:
+                _native.call(self._library.ep_cuda_ll_check, self._core(), number)
+            except EPConfigError as error:
+                self.refuse(f"an earlier call failed: {error}")
+                raise
+
+    def _keep_until_finished(self, number: int, keep: Any) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            self._captured.append(keep)
+        else:
+            self._pending.append((number, keep))
+
+    def _event(self, number: int, receive: int, keep: Any) -> Event:
+        if receive != RECEIVE_LATER:
+            self._keep_until_finished(number, keep)
+        if torch.cuda.is_current_stream_capturing() and receive != RECEIVE_ASYNC:
+            return Event()
+        return Event(CudaLlOperation(self, number))
+
+    def _stream(self) -> int:
+        return torch._C._cuda_getCurrentRawStream(self._device.index)
+
+    def _core(self) -> int:
+        if self._low_latency is None:
+            raise EPConfigError("this buffer was destroyed and cannot be used any more")
+        return self._low_latency
+
+    def _delete(self) -> None:
+        low_latency, self._low_latency = self._low_latency, None
+        self._pending.clear()
+        self._captured.clear()
+        self._library.ep_cuda_ll_delete(low_latency)
