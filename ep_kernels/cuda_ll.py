@@ -1,7 +1,7 @@
 """The low-latency region of a CUDA rank, and the compiled calls over it; as cpu_ll.py.
 
-Both halves of a call are enqueued on the stream that is current when they are asked for, the receive
-half of an asynchronous call on a stream of the buffer. The host waits for nothing.
+Each half of a call is enqueued on the stream that is current when it is asked for, the receive half
+of an asynchronous call on a stream of the buffer. The host waits for nothing.
 """
 
 from __future__ import annotations
@@ -139,9 +139,7 @@ class CudaLowLatency:
         _native.call(self._library.ep_cuda_ll_barrier, self._core(), self._stream())
 
     def refuse(self, reason: str) -> None:
-        _native.call(
-            self._library.ep_cuda_ll_refuse, self._core(), reason.encode(), self._stream()
-        )
+        _native.call(self._library.ep_cuda_ll_refuse, self._core(), reason.encode(), self._stream())
 
     def mask(self, rank: int) -> None:
         _native.call(self._library.ep_cuda_ll_mask, self._core(), rank, self._stream())

@@ -100,9 +100,7 @@ class _Window:
 class LowLatency:
     """The low-latency calls of one buffer."""
 
-    def __init__(
-        self, region: Region, group: GroupSizes, *, rank: int, num_sms: int
-    ) -> None:
+    def __init__(self, region: Region, group: GroupSizes, *, rank: int, num_sms: int) -> None:
         self._region, self._group = region, group
         self._identity = object()
         self._rank, self._num_sms = rank, num_sms

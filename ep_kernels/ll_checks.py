@@ -76,9 +76,15 @@ def check_combine(
     bf16, shape = [torch.bfloat16], (handle.num_tokens, handle.num_topk)
     checks.check_tensor("x", x, dtypes=bf16, shape=tuple(buffer.shape), device=group.device)
     checks.check_aligned("x", x)
-    checks.check_tensor("topk_idx", inputs.topk_idx, dtypes=[torch.int64], shape=shape, device=group.device)
     checks.check_tensor(
-        "topk_weights", inputs.topk_weights, dtypes=[torch.float32], shape=shape, device=group.device
+        "topk_idx", inputs.topk_idx, dtypes=[torch.int64], shape=shape, device=group.device
+    )
+    checks.check_tensor(
+        "topk_weights",
+        inputs.topk_weights,
+        dtypes=[torch.float32],
+        shape=shape,
+        device=group.device,
     )
     if request.wire_format not in WIRE_FORMATS:
         raise EPConfigError(

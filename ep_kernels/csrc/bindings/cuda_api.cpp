@@ -38,9 +38,13 @@ void ep_cuda_abi_sizes(int32_t sizes[6]) {
 int32_t ep_cuda_buffer_create(const EpCudaConfig* config, EpCudaBuffer** buffer, uint8_t* handle,
                               EpError* error) {
   return guarded(error, [&] {
-    ep::cuda::Buffer::Config created{
-        config->device,     config->rank, config->num_ranks, config->pool_bytes,
-        config->timeout_us, config->low_latency_bytes, {}};
+    ep::cuda::Buffer::Config created{config->device,
+                                     config->rank,
+                                     config->num_ranks,
+                                     config->pool_bytes,
+                                     config->timeout_us,
+                                     config->low_latency_bytes,
+                                     {}};
     created.expert_rank.assign(config->expert_rank, config->expert_rank + config->num_experts);
     auto made = std::make_unique<EpCudaBuffer>(created);
     const cudaIpcMemHandle_t memory = made->impl.memory_handle();

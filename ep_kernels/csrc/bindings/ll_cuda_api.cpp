@@ -72,8 +72,7 @@ int32_t ep_cuda_ll_refuse(EpCudaLowLatency* low_latency, const char* reason, voi
   return guarded(error, [&] { low_latency->impl.refuse(reason, as_stream(stream)); });
 }
 
-int32_t ep_cuda_ll_mask(EpCudaLowLatency* low_latency, int32_t rank, void* stream,
-                        EpError* error) {
+int32_t ep_cuda_ll_mask(EpCudaLowLatency* low_latency, int32_t rank, void* stream, EpError* error) {
   return guarded(error, [&] { low_latency->impl.mask(rank, as_stream(stream)); });
 }
 

@@ -21,8 +21,8 @@ EP_API void ep_cuda_ll_delete(EpCudaLowLatency* low_latency);
 
 /// `receive`: 0 at once, 1 on a stream of the buffer, 2 when ep_cuda_ll_receive() is called.
 EP_API int32_t ep_cuda_ll_dispatch(EpCudaLowLatency* low_latency, const ep::LlDispatchArgs* args,
-                                   int32_t receive, void* stream, int64_t* number,
-                                   int64_t* window, EpError* error);
+                                   int32_t receive, void* stream, int64_t* number, int64_t* window,
+                                   EpError* error);
 EP_API int32_t ep_cuda_ll_combine(EpCudaLowLatency* low_latency, const ep::LlCombineArgs* args,
                                   int32_t receive, void* stream, int64_t* number, EpError* error);
 EP_API int32_t ep_cuda_ll_receive(EpCudaLowLatency* low_latency, int64_t number, void* stream,

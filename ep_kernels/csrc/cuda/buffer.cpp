@@ -71,7 +71,8 @@ Buffer::Buffer(const Config& config) : config_(config) {
   control_bytes_ = static_cast<int64_t>(ControlLayout(config.num_ranks, num_experts()).num_bytes);
   pool_ = std::make_shared<Pool>(config.device, control_bytes_, config.pool_bytes);
   const LlControlLayout words(config.num_ranks, num_experts());
-  const int64_t num_words = std::min(config.low_latency_bytes, static_cast<int64_t>(words.num_bytes));
+  const int64_t num_words =
+      std::min(config.low_latency_bytes, static_cast<int64_t>(words.num_bytes));
   EP_CHECK_CUDA(cudaMemset(pool_->segment + control_bytes_, 0, static_cast<size_t>(num_words)));
   EP_CHECK_CUDA(cudaDeviceSynchronize());
 

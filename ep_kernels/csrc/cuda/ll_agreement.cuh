@@ -83,8 +83,7 @@ __device__ inline LlSettled ll_follow(const LlGroup& g, LlBoard& board, uint64_t
   }
   __syncthreads();
   const LlSettled found = settled;
-  if (found.verdict == LlVerdict::kGo)
-    ll_read_posts(g, board, number, ll_peers(g, found.view));
+  if (found.verdict == LlVerdict::kGo) ll_read_posts(g, board, number, ll_peers(g, found.view));
   return found;
 }
 
@@ -103,8 +102,8 @@ __device__ inline bool ll_freeze(const LlGroup& g, uint64_t number) {
 /// All threads of block 0: waits until every unmasked peer has posted this rank's view, or one that
 /// this rank learns from. Returns who came.
 __device__ inline LlRanks ll_wait_views(const LlGroup& g, LlBoard& board,
-                                        const LlDispatchCall& call, uint64_t number,
-                                        LlRanks view, uint64_t deadline) {
+                                        const LlDispatchCall& call, uint64_t number, LlRanks view,
+                                        uint64_t deadline) {
   if (threadIdx.x == 0) board.came = 0;
   __syncthreads();
   for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x) {

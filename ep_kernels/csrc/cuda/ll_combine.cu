@@ -21,8 +21,8 @@ namespace {
 
 constexpr int kNumThreads = 1024;
 constexpr int kNumWarps = kNumThreads / kLlWarpSize;
-constexpr int kMinPieces = 8;     ///< of a block, or fewer blocks do
-constexpr int kMaxSlots = 2048;   ///< choices that a block lists at once
+constexpr int kMinPieces = 8;    ///< of a block, or fewer blocks do
+constexpr int kMaxSlots = 2048;  ///< choices that a block lists at once
 constexpr int kRowsAtOnce = 8;
 constexpr int kChannels = 8 * kLlWarpSize;  ///< of a piece
 
@@ -86,8 +86,10 @@ struct RowList {
     int low = 0, high = num_local - 1;
     while (low < high) {
       const int middle = (low + high + 1) / 2;
-      if (begin[middle] <= row) low = middle;
-      else high = middle - 1;
+      if (begin[middle] <= row)
+        low = middle;
+      else
+        high = middle - 1;
     }
     return low;
   }
@@ -103,7 +105,8 @@ __device__ void copy_row(const uint16_t* from, uint8_t* to, int64_t hidden, int 
     uint4 parts[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i)
-      if (first + i * kLlWarpSize < num_vectors) parts[i] = load_once(source + first + i * kLlWarpSize);
+      if (first + i * kLlWarpSize < num_vectors)
+        parts[i] = load_once(source + first + i * kLlWarpSize);
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i)
       if (first + i * kLlWarpSize < num_vectors) target[first + i * kLlWarpSize] = parts[i];
@@ -137,8 +140,8 @@ __device__ void stage(const LlGroup& g, const LlCombineCall& call, void* shared)
   const RowList list{words, words + num_local + 1, words + 2 * num_local + 1};
   list.fill(g, g.counts + static_cast<int64_t>(call.half) * num_local * num_ranks);
   const int warp = threadIdx.x / kLlWarpSize, lane = threadIdx.x % kLlWarpSize;
-  auto* scales = reinterpret_cast<float*>(words + 3 * num_local + 1) +
-                 warp * (hidden / kScaleGroup);
+  auto* scales =
+      reinterpret_cast<float*>(words + 3 * num_local + 1) + warp * (hidden / kScaleGroup);
   const LlHalfLayout half(call.sizes, num_ranks, num_local);
   uint8_t* window = ll_window(g, g.group.rank, call.half);
   for (int32_t i = blockIdx.x * kNumWarps + warp; i < list.begin[num_local];
@@ -175,9 +178,9 @@ __device__ void post_rows(const LlGroup& g, const LlCombineCall& call, LlBoard& 
     if (half.error)
       ll_refuse_in(words, LlStatus::kNoDispatch, {0, 0, 0, 0});
     else if (state.bad != ~uint64_t{0})
-      ll_refuse_in(words, LlStatus::kOtherIdx,
-                   {bad / num_topk, bad % num_topk, call.args.topk_idx[bad],
-                    call.args.experts[bad]});
+      ll_refuse_in(
+          words, LlStatus::kOtherIdx,
+          {bad / num_topk, bad % num_topk, call.args.topk_idx[bad], call.args.experts[bad]});
   }
   __syncthreads();
   ll_send_post(g, number, 0, words, nullptr, nullptr, ll_peers(g, view));
@@ -227,9 +230,8 @@ struct Sums {
   __device__ const uint8_t* row_at(int src, int64_t local, int64_t row) const {
     const LlHalfLayout half(call.sizes, g.group.num_ranks, g.num_local[src]);
     if (src == g.group.rank && !is_compressed(call))  // own rows were not staged
-      return reinterpret_cast<const uint8_t*>(call.args.x +
-                                              (local * half.rows_per_expert + row) *
-                                                  call.sizes.hidden);
+      return reinterpret_cast<const uint8_t*>(call.args.x + (local * half.rows_per_expert + row) *
+                                                                call.sizes.hidden);
     const auto at = static_cast<int>(board.posts[src].word[kLlWordWindow]);
     return ll_window(g, src, at) + half.combine_row(local, row);
   }
@@ -266,8 +268,7 @@ struct Sums {
         const float weight = rows[first + i].weight;
 #pragma unroll
         for (int j = 0; j < 8; ++j)
-          sum[j] = __fadd_rn(sum[j],
-                             __fmul_rn(weight, bf16_to_float(ll_half_word(parts[i], j))));
+          sum[j] = __fadd_rn(sum[j], __fmul_rn(weight, bf16_to_float(ll_half_word(parts[i], j))));
       }
     }
   }
@@ -277,8 +278,8 @@ struct Sums {
       const uint8_t* row = rows[k].row;
       if (!row) continue;
       const uint2 part = *reinterpret_cast<const uint2*>(row + channel);
-      const float scale = *reinterpret_cast<const float*>(
-          row + ll_wire_scales(call.sizes.hidden) + channel / kScaleGroup * 4);
+      const float scale = *reinterpret_cast<const float*>(row + ll_wire_scales(call.sizes.hidden) +
+                                                          channel / kScaleGroup * 4);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const uint32_t word = j < 4 ? part.x : part.y;
@@ -378,7 +379,7 @@ __device__ Sums make_sums(const LlGroup& g, const LlCombineCall& call, const LlB
                           void* shared) {
   const int per_token = static_cast<int>(ceil_div(call.sizes.hidden, int64_t{kChannels}));
   const Range range = split_evenly(call.sizes.num_tokens * per_token, blockIdx.x, gridDim.x);
-  return {g,         call,      board,     static_cast<Source*>(shared),
+  return {g,           call,      board,     static_cast<Source*>(shared),
           range.begin, range.end, per_token, max(1, kMaxSlots / call.sizes.num_topk)};
 }
 

@@ -30,8 +30,7 @@ __global__ void __launch_bounds__(kNumThreads)
   ll_send_post(g, number, 0, words, nullptr, is_refused ? call.text : nullptr, ll_peers(g, view));
   const LlRanks came = ll_wait_posts(
       g, board, number, ll_peers(g, view), nullptr, [&](int peer, LlLoss loss, uint64_t seen) {
-        ll_lose(g, ll_timeout(g, Phase::kPost, peer, ll_post_flag(number, 0), seen),
-                loss);
+        ll_lose(g, ll_timeout(g, Phase::kPost, peer, ll_post_flag(number, 0), seen), loss);
       });
   if (threadIdx.x == 0) {
     for (int peer = 0; peer < g.group.num_ranks; ++peer)
@@ -101,8 +100,7 @@ __global__ void __launch_bounds__(kNumThreads)
   if (threadIdx.x == 0) state.answer = 0;
   for (int peer = 0; peer < g.group.num_ranks; ++peer) {
     if (!ll_has(call.ranks, peer) || peer == g.group.rank) continue;
-    if (threadIdx.x == 0)
-      is_away = ll_has(read_word(&state.masked), peer) || ll_has_left(g, peer);
+    if (threadIdx.x == 0) is_away = ll_has(read_word(&state.masked), peer) || ll_has_left(g, peer);
     __syncthreads();
     const bool is_due = call.is_masked || is_away;
     __syncthreads();

@@ -24,9 +24,9 @@ namespace {
 constexpr int kNumThreads = 1024;
 constexpr int kNumWarps = kNumThreads / kLlWarpSize;
 constexpr int kReceiveThreads = 512;
-constexpr int kMinPieces = 8;     ///< of a block, or fewer blocks do
-constexpr int kHeldPieces = 4;    ///< of a warp, in registers while the posts come
-constexpr int kMaxSlots = 2048;   ///< choices that a block places at once
+constexpr int kMinPieces = 8;    ///< of a block, or fewer blocks do
+constexpr int kHeldPieces = 4;   ///< of a warp, in registers while the posts come
+constexpr int kMaxSlots = 2048;  ///< choices that a block places at once
 
 /// A choice of a token: first its expert and its row, then where it goes.
 union Slot {
@@ -41,8 +41,8 @@ template <typename Format>
 struct Share {
   const LlGroup& g;
   const LlDispatchCall& call;
-  int32_t* next;   ///< [E] rows of this rank for each expert, so far
-  Slot* slots;     ///< of the tokens of a wave
+  int32_t* next;  ///< [E] rows of this rank for each expert, so far
+  Slot* slots;    ///< of the tokens of a wave
   uint64_t number;
   int64_t begin, end;  ///< pieces
   int pieces_per_token, tokens_per_wave;
@@ -104,8 +104,7 @@ struct Share {
         const LlHalfLayout half(sizes, num_ranks, g.num_local[dst]);
         const int32_t local = g.group.placement.local_of[expert];
         uint8_t* window = ll_window(g, dst, peer_half(dst));
-        target = {window + half.row(local, row),
-                  window + ll_scale_offset(half, sizes, local, row)};
+        target = {window + half.row(local, row), window + ll_scale_offset(half, sizes, local, row)};
       }
       slots[i].target = target;
       if ((first + i / num_topk()) * pieces_per_token < begin) continue;  // another block's token
@@ -224,8 +223,8 @@ __device__ void keep_counts(const LlGroup& g, int half, uint64_t number, LlRanks
   }
 }
 
-/// All threads of the last block, in a dispatch that was given up: when no peer writes rows here any
-/// more, places this rank's rows for its own experts.
+/// All threads of the last block, in a dispatch that was given up: when no peer writes rows here
+/// any more, places this rank's rows for its own experts.
 template <typename Format>
 __device__ void keep_own_rows(Share<Format> share, LlRanks view) {
   const LlGroup& g = share.g;
@@ -281,8 +280,8 @@ __device__ Share<Format> make_share(const LlGroup& g, const LlDispatchCall& call
   auto* next = static_cast<int32_t*>(shared);
   auto* slots = reinterpret_cast<Slot*>(next + align_up(g.group.num_experts, 4));
   const int wave = max(1, kMaxSlots / sizes.num_topk);
-  return {g,         call, next, slots, read_word(&g.state->next_number), range.begin, range.end,
-          per_token, wave};
+  return {g,           call,      next,      slots, read_word(&g.state->next_number),
+          range.begin, range.end, per_token, wave};
 }
 
 template <typename Format>
@@ -342,8 +341,7 @@ __device__ void clear_rows(const LlGroup& g, const LlDispatchCall& call, const i
     auto* rows = reinterpret_cast<uint4*>(window + half.row(local, first));
     for (int64_t i = threadIdx.x; i < of_expert[src] * half.row_bytes / 16; i += blockDim.x)
       rows[i] = uint4{};
-    auto* scales =
-        reinterpret_cast<uint32_t*>(window + ll_scale_offset(half, sizes, local, first));
+    auto* scales = reinterpret_cast<uint32_t*>(window + ll_scale_offset(half, sizes, local, first));
     for (int64_t i = threadIdx.x; i < num_scales * of_expert[src]; i += blockDim.x)
       scales[i / of_expert[src] * half.rows_per_expert + i % of_expert[src]] = 0;
   }
@@ -427,13 +425,12 @@ __global__ void __launch_bounds__(kReceiveThreads)
 template <typename Format>
 void launch_send(const LlGroup& group, const LlDispatchCall& call, cudaStream_t stream) {
   const LlSizes& sizes = call.args.sizes;
-  const int64_t num_pieces =
-      sizes.num_tokens * ceil_div(sizes.hidden, int64_t{Format::kChannels});
-  const auto num_blocks = static_cast<int>(
-      std::clamp<int64_t>(num_pieces / kMinPieces, 1, sizes.num_threads));
+  const int64_t num_pieces = sizes.num_tokens * ceil_div(sizes.hidden, int64_t{Format::kChannels});
+  const auto num_blocks =
+      static_cast<int>(std::clamp<int64_t>(num_pieces / kMinPieces, 1, sizes.num_threads));
   const int num_slots = std::max(kMaxSlots, sizes.num_topk);
-  const auto shared_bytes = static_cast<int>(sizeof(int32_t) * align_up(group.group.num_experts, 4) +
-                                             sizeof(Slot) * num_slots);
+  const auto shared_bytes = static_cast<int>(
+      sizeof(int32_t) * align_up(group.group.num_experts, 4) + sizeof(Slot) * num_slots);
   EP_CHECK_CUDA(cudaFuncSetAttribute(dispatch_send_kernel<Format>,
                                      cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   dispatch_send_kernel<Format><<<num_blocks, kNumThreads, shared_bytes, stream>>>(group, call);

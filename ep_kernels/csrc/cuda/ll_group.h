@@ -7,9 +7,9 @@
 #include "core/ll_layout.h"
 #include "cuda/group.h"
 
-// What the kernels of low-latency mode know, and keep from call to call. Everything that a replay of
-// a CUDA graph has to find changed lies in device memory: numbers of calls, masks, what is in which
-// half. What a graph may fix is passed by value: tensors, sizes, which half.
+// What the kernels of low-latency mode know, and keep from call to call. Everything that a replay
+// of a CUDA graph has to find changed lies in device memory: numbers of calls, masks, what is in
+// which half. What a graph may fix is passed by value: tensors, sizes, which half.
 
 namespace ep::cuda {
 
@@ -66,14 +66,14 @@ enum LlWord : int {
 
 /// What is in a half, and the calls over it.
 struct LlHalfState {
-  uint64_t number;   ///< number + 1 of the last dispatch here
-  uint64_t combine;  ///< number + 1 of the combine that was sent, not received; 0 = none
-  LlRanks view;      ///< masked ranks when its rows were placed
-  LlRanks peers;     ///< ranks that rows went to and came from
-  int32_t error;     ///< LlStatus of a dispatch that has failed, or 0
-  int32_t is_collected;            ///< posts below are those of the combine
-  uint8_t peer_half[kMaxRanks];    ///< where the same dispatch is at the peers
-  LlRanks arrived;                 ///< of the collected combine
+  uint64_t number;       ///< number + 1 of the last dispatch here
+  uint64_t combine;      ///< number + 1 of the combine that was sent, not received; 0 = none
+  LlRanks view;          ///< masked ranks when its rows were placed
+  LlRanks peers;         ///< ranks that rows went to and came from
+  int32_t error;         ///< LlStatus of a dispatch that has failed, or 0
+  int32_t is_collected;  ///< posts below are those of the combine
+  uint8_t peer_half[kMaxRanks];  ///< where the same dispatch is at the peers
+  LlRanks arrived;               ///< of the collected combine
   LlWords posts[kMaxRanks];
 };
 
@@ -81,15 +81,15 @@ struct LlHalfState {
 struct LlState {
   uint64_t next_number;
   LlRanks masked;
-  uint64_t verdict;   ///< of block 0 for the other blocks of a send kernel: ll_verdict()
-  LlRanks view;       ///< goes with the verdict
-  uint64_t late;      ///< ranks that a block of a receive kernel has not seen
-  uint64_t bad;       ///< first choice of a combine that differs from its dispatch
+  uint64_t verdict;  ///< of block 0 for the other blocks of a send kernel: ll_verdict()
+  LlRanks view;      ///< goes with the verdict
+  uint64_t late;     ///< ranks that a block of a receive kernel has not seen
+  uint64_t bad;      ///< first choice of a combine that differs from its dispatch
   uint32_t num_frozen, num_finished;  ///< blocks of the kernel under way
-  uint32_t failed;    ///< a wait ran out without masking: nothing moves any more
-  TimeoutRecord lost;  ///< why
-  int64_t loss;        ///< LlLoss
-  uint64_t answer;    ///< of an un-masking: the peers that did not answer
+  uint32_t failed;                    ///< a wait ran out without masking: nothing moves any more
+  TimeoutRecord lost;                 ///< why
+  int64_t loss;                       ///< LlLoss
+  uint64_t answer;                    ///< of an un-masking: the peers that did not answer
   LlHalfState halves[2];
 };
 

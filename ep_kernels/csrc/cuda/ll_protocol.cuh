@@ -5,8 +5,8 @@
 #include "cuda/ll_group.h"
 #include "cuda/protocol.cuh"
 
-// Protocol steps of low-latency mode, as in cpu/ll_exchange.h. A wait is made by one thread per peer
-// and has a deadline. "All threads" are those of one block.
+// Protocol steps of low-latency mode, as in cpu/ll_exchange.h. A wait is made by one thread per
+// peer and has a deadline. "All threads" are those of one block.
 
 namespace ep::cuda {
 
@@ -157,7 +157,8 @@ __device__ inline void ll_refuse_in(LlWords& words, LlStatus kind, const int64_t
   for (int i = 0; i < 4; ++i) words.word[2 + i] = static_cast<uint64_t>(detail[i]);
 }
 
-/// All threads: writes the post, `counts` and `text` if given, to the ranks of `to`; then the flags.
+/// All threads: writes the post, `counts` and `text` if given, to the ranks of `to`; then the
+/// flags.
 __device__ inline void ll_send_post(const LlGroup& g, uint64_t number, int attempt,
                                     const LlWords& words, const int32_t* counts, const char* text,
                                     LlRanks to) {
@@ -186,9 +187,8 @@ __device__ inline void ll_read_posts(const LlGroup& g, LlBoard& board, uint64_t 
   for (int i = threadIdx.x; i < g.group.num_ranks * kNumLlWords; i += blockDim.x) {
     const int src = i / kNumLlWords, word = i % kNumLlWords;
     if (ll_has(from, src))
-      board.posts[src].word[word] =
-          __ldcg(reinterpret_cast<const AtomicWord*>(&ll_post(g, number, g.group.rank, src)) +
-                 word);
+      board.posts[src].word[word] = __ldcg(
+          reinterpret_cast<const AtomicWord*>(&ll_post(g, number, g.group.rank, src)) + word);
   }
   __syncthreads();
 }
@@ -224,7 +224,8 @@ __device__ LlRanks ll_wait_posts(const LlGroup& g, LlBoard& board, uint64_t numb
 // Agreement.
 
 /// All threads: the lowest finding among the posts of `members`, or INT32_MAX: refusals by rank,
-/// then disagreements by rank and field, then results that a rank has let go of and another has not.
+/// then disagreements by rank and field, then results that a rank has let go of and another has
+/// not.
 __device__ inline int ll_find(const LlGroup& g, LlBoard& board, LlRanks members) {
   constexpr int kNothing = INT32_MAX;
   if (threadIdx.x == 0) board.finding = kNothing;

@@ -47,8 +47,7 @@ struct LlSendBF16 {
   static __device__ __forceinline__ void store(const LlDispatchArgs& args, const LlPiece& piece,
                                                const LlTarget& to, int number, int64_t, int lane) {
     const int64_t channel = int64_t{number} * kChannels + 8 * lane;
-    if (channel < args.sizes.hidden)
-      *reinterpret_cast<uint4*>(to.row + 2 * channel) = piece.data;
+    if (channel < args.sizes.hidden) *reinterpret_cast<uint4*>(to.row + 2 * channel) = piece.data;
   }
 };
 
@@ -93,8 +92,7 @@ struct LlSendFP8 {
 #pragma unroll
     for (int mask = kLanesOfGroup / 2; mask > 0; mask /= 2)
       largest = max(largest, __shfl_xor_sync(kLlLanes, largest, mask));
-    const Fp8Scale scale =
-        make_fp8_scale(static_cast<int16_t>(largest), kFormat != LlFormat::kFP8);
+    const Fp8Scale scale = make_fp8_scale(static_cast<int16_t>(largest), kFormat != LlFormat::kFP8);
     return {ll_cast(low, high, scale.inverse), scale.scale};
   }
 

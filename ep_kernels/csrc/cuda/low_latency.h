@@ -70,7 +70,7 @@ class LowLatency {
     int64_t number = -1, dispatch = -1;
     int half = 0;
     LlOp op = LlOp::kBarrier;
-    bool is_pending = false;  ///< its receive half was not enqueued
+    bool is_pending = false;   ///< its receive half was not enqueued
     bool is_captured = false;  ///< into a graph, with others in one record
     LlRecord* record = nullptr;
     cudaStream_t stream = nullptr;
@@ -109,7 +109,7 @@ class LowLatency {
   int next_half_ = 0;  ///< the one to prefer
   int64_t next_number_ = 0;
   std::vector<Call> calls_;
-  LlRecord* records_ = nullptr;  ///< pinned, seen by the device; the last is that of graphs
+  LlRecord* records_ = nullptr;    ///< pinned, seen by the device; the last is that of graphs
   cudaStream_t stream_ = nullptr;  ///< for receive halves of asynchronous calls
   cudaStream_t last_stream_ = nullptr;
   unsigned long long last_capture_ = 0;  ///< that last_stream_ was part of, 0 = none

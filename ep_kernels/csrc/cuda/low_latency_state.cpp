@@ -29,8 +29,9 @@ void LowLatency::drop_released() {
     for (Call& call : calls_) {
       if (call.dispatch != number || !call.is_pending) continue;
       call.is_pending = false;  // its receive half will not run
-      if (!call.is_captured) __atomic_store_n(&call.record->status, static_cast<int32_t>(LlStatus::kOk),
-                       __ATOMIC_RELEASE);
+      if (!call.is_captured)
+        __atomic_store_n(&call.record->status, static_cast<int32_t>(LlStatus::kOk),
+                         __ATOMIC_RELEASE);
     }
     for (Half& half : halves_)
       if (half.dispatch == number) half = Half{};
@@ -90,8 +91,9 @@ const LowLatency::Call* LowLatency::find(int64_t number) const {
 
 bool LowLatency::is_finished(int64_t number) const {
   const Call* call = find(number);
-  return !call || call->is_captured || call->is_pending || __atomic_load_n(&call->record->status, __ATOMIC_ACQUIRE) !=
-                      static_cast<int32_t>(LlStatus::kRunning);
+  return !call || call->is_captured || call->is_pending ||
+         __atomic_load_n(&call->record->status, __ATOMIC_ACQUIRE) !=
+             static_cast<int32_t>(LlStatus::kRunning);
 }
 
 void LowLatency::wait(int64_t number) {
@@ -138,17 +140,16 @@ std::string LowLatency::timeout_text(const LlRecord& record) const {
     case LlLoss::kLate:
       break;
   }
-  return concat("rank ", timeout.rank, " waited ",
-                static_cast<double>(buffer_.timeout_us()) * 1e-6, " s for rank ", timeout.peer,
-                " ", phase, ": expected ", timeout.expected, ", seen ", timeout.seen);
+  return concat("rank ", timeout.rank, " waited ", static_cast<double>(buffer_.timeout_us()) * 1e-6,
+                " s for rank ", timeout.peer, " ", phase, ": expected ", timeout.expected,
+                ", seen ", timeout.seen);
 }
 
 /// What a rank found wrong with its own arguments on the device.
 std::string LowLatency::refusal(const LlRecord& record) const {
   const int64_t* detail = record.detail;
-  const std::string who = record.rank == group_.group.rank
-                              ? ""
-                              : concat("rank ", record.rank, " refused this call: ");
+  const std::string who =
+      record.rank == group_.group.rank ? "" : concat("rank ", record.rank, " refused this call: ");
   switch (static_cast<LlStatus>(record.status)) {
     case LlStatus::kBadExpert:
       return concat(who, "topk_idx[", detail[0], ", ", detail[1], "]=", detail[2],
@@ -183,13 +184,13 @@ void LowLatency::throw_error(const Call& call) {
 void LowLatency::throw_status(const LlRecord& record) {
   switch (static_cast<LlStatus>(record.status)) {
     case LlStatus::kDisagree:
-      throw DisagreementError(ll_disagreement(
-          static_cast<int>(record.detail[0]), static_cast<int>(record.detail[1]),
-          record.detail[2], record.rank, record.detail[3]));
+      throw DisagreementError(ll_disagreement(static_cast<int>(record.detail[0]),
+                                              static_cast<int>(record.detail[1]), record.detail[2],
+                                              record.rank, record.detail[3]));
     case LlStatus::kReader:
-      throw DisagreementError(concat(
-          "ranks disagree on which low-latency result is alive: rank ", record.detail[0],
-          " has let go of that of call ", record.detail[1], ", rank ", record.rank, " has not"));
+      throw DisagreementError(concat("ranks disagree on which low-latency result is alive: rank ",
+                                     record.detail[0], " has let go of that of call ",
+                                     record.detail[1], ", rank ", record.rank, " has not"));
     case LlStatus::kTimeout:
       buffer_.fail(timeout_text(record));
       throw TimeoutError(timeout_text(record), record.timeout);
