@@ -41,8 +41,9 @@ template <typename Format>
 struct Share {
   const LlGroup& g;
   const LlDispatchCall& call;
-  int32_t* next;  ///< [E] rows of this rank for each expert, so far
-  Slot* slots;    ///< of the tokens of a wave
+  const LlBoard& board;  ///< the posts, once they have come
+  int32_t* next;         ///< [E] rows of this rank for each expert, so far
+  Slot* slots;           ///< of the tokens of a wave
   uint64_t number;
   int64_t begin, end;  ///< pieces
   int pieces_per_token, tokens_per_wave;
@@ -103,7 +104,8 @@ struct Share {
           if (ll_has(peers, src)) row += __ldcg(ll_counts(g, number, rank, src) + expert);
         const LlHalfLayout half(sizes, num_ranks, g.num_local[dst]);
         const int32_t local = g.group.placement.local_of[expert];
-        uint8_t* window = ll_window(g, dst, peer_half(dst));
+        const auto at = static_cast<int>(board.posts[dst].word[kLlWordWindow]);
+        uint8_t* window = ll_window(g, dst, at);
         target = {window + half.row(local, row), window + ll_scale_offset(half, sizes, local, row)};
       }
       slots[i].target = target;
@@ -114,12 +116,6 @@ struct Share {
     }
     __syncthreads();
   }
-  __device__ int peer_half(int rank) const {
-    return static_cast<int>(
-        __ldcg(reinterpret_cast<const AtomicWord*>(&ll_post(g, number, g.group.rank, rank)) +
-               kLlWordWindow));
-  }
-
   __device__ LlPiece load(int64_t piece) const {
     return Format::load(call.args, piece / pieces_per_token,
                         static_cast<int>(piece % pieces_per_token), threadIdx.x % kLlWarpSize);
@@ -164,14 +160,15 @@ struct Share {
   }
 };
 
-/// All threads of block 0: the first bad choice, as a refusal in `words`.
+/// All threads of block 0: counts all choices; the first bad one makes `words` a refusal.
 template <typename Format>
-__device__ void check_choices(const Share<Format>& share, LlBoard& board, LlWords& words) {
+__device__ void check_and_count(const Share<Format>& share, LlBoard& board, LlWords& words) {
   const LlDispatchArgs& args = share.call.args;
   const int64_t num_choices = args.sizes.num_tokens * args.sizes.num_topk;
   const int num_topk = args.sizes.num_topk;
   constexpr AtomicWord kNone = ~AtomicWord{0};
   if (threadIdx.x == 0) board.came = kNone;
+  for (int i = threadIdx.x; i < share.g.group.num_experts; i += blockDim.x) share.next[i] = 0;
   __syncthreads();
   for (int64_t i = threadIdx.x; i < num_choices; i += blockDim.x) {
     const int64_t expert = args.topk_idx[i];
@@ -181,6 +178,8 @@ __device__ void check_choices(const Share<Format>& share, LlBoard& board, LlWord
     const bool is_outside = expert < -1 || expert >= share.g.group.num_experts;
     if (is_outside || is_twice)
       atomicMin(&board.came, static_cast<AtomicWord>(2 * i + (is_outside ? 0 : 1)));
+    else if (expert >= 0)
+      atomicAdd(share.next + expert, 1);
   }
   __syncthreads();
   if (threadIdx.x == 0 && board.came != kNone) {
@@ -203,8 +202,7 @@ __device__ void post_counts(const Share<Format>& share, LlBoard& board, LlWords&
     words.word[kLlWordReused] = share.g.state->halves[call.half].number;
     share.g.state->halves[call.half].error = 0;
   }
-  check_choices(share, board, words);
-  share.count(call.args.sizes.num_tokens);
+  check_and_count(share, board, words);
   ll_send_post(share.g, share.number, 0, words, share.next, nullptr, ll_peers(share.g, view));
 }
 
@@ -246,7 +244,7 @@ __device__ void keep_own_rows(Share<Format> share, LlRanks view) {
 
 /// All threads of the last block: tells all ranks, and keeps what the receive half has to know.
 template <typename Format>
-__device__ void close(const Share<Format>& share, const LlBoard& board, const LlSettled& settled) {
+__device__ void close(const Share<Format>& share, const LlSettled& settled) {
   const LlGroup& g = share.g;
   LlHalfState& half = g.state->halves[share.call.half];
   const bool is_given_up = settled.verdict == LlVerdict::kGivenUp;
@@ -254,7 +252,7 @@ __device__ void close(const Share<Format>& share, const LlBoard& board, const Ll
   const LlRanks told = settled.verdict == LlVerdict::kEnd ? 0 : ll_peers(g, settled.view);
   for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x) {
     if (!ll_has(told, peer)) continue;
-    half.peer_half[peer] = static_cast<uint8_t>(board.posts[peer].word[kLlWordWindow]);
+    half.peer_half[peer] = static_cast<uint8_t>(share.board.posts[peer].word[kLlWordWindow]);
     LlDoneLine& line = ll_done_line(g, half.peer_half[peer], peer, g.group.rank);
     line.view.words[0] = view;
     store_flag(&line.flag, share.number + 1);
@@ -273,14 +271,15 @@ __device__ void close(const Share<Format>& share, const LlBoard& board, const Ll
 }
 
 template <typename Format>
-__device__ Share<Format> make_share(const LlGroup& g, const LlDispatchCall& call, void* shared) {
+__device__ Share<Format> make_share(const LlGroup& g, const LlDispatchCall& call,
+                                    const LlBoard& board, void* shared) {
   const LlSizes& sizes = call.args.sizes;
   const int per_token = static_cast<int>(ceil_div(sizes.hidden, int64_t{Format::kChannels}));
   const Range range = split_evenly(sizes.num_tokens * per_token, blockIdx.x, gridDim.x);
   auto* next = static_cast<int32_t*>(shared);
   auto* slots = reinterpret_cast<Slot*>(next + align_up(g.group.num_experts, 4));
   const int wave = max(1, kMaxSlots / sizes.num_topk);
-  return {g,           call,      next,      slots, read_word(&g.state->next_number),
+  return {g,           call,      board,     next, slots, read_word(&g.state->next_number),
           range.begin, range.end, per_token, wave};
 }
 
@@ -291,7 +290,7 @@ __global__ void __launch_bounds__(kNumThreads, 1)
   extern __shared__ uint4 shared[];
   __shared__ LlBoard board;
   __shared__ LlWords words;
-  const Share<Format> share = make_share<Format>(g, call, shared);
+  const Share<Format> share = make_share<Format>(g, call, board, shared);
   const LlRanks view = read_word(&g.state->masked);
   LlSettled settled{LlVerdict::kEnd, view};
   if (load_word(&g.state->failed) == 0) {
@@ -321,7 +320,7 @@ __global__ void __launch_bounds__(kNumThreads, 1)
       }
     }
   }
-  if (ll_is_last_block(g)) close(share, board, settled);
+  if (ll_is_last_block(g)) close(share, settled);
 }
 
 // Receive half.
