@@ -83,7 +83,7 @@ __device__ inline LlSettled ll_follow(const LlGroup& g, LlBoard& board, uint64_t
   }
   __syncthreads();
   const LlSettled found = settled;
-  if (found.verdict == LlVerdict::kGo) ll_read_posts(g, board, number, ll_peers(g, found.view));
+  if (found.verdict != LlVerdict::kEnd) ll_read_posts(g, board, number, ll_peers(g, found.view));
   return found;
 }
 

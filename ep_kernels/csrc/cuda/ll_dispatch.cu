@@ -352,13 +352,15 @@ __device__ LlRanks wait_rows(const LlGroup& g, const LlDispatchCall& call, LlBoa
   if (threadIdx.x == 0) board.came = 0;
   __syncthreads();
   const LlRanks from = half.error ? 0 : half.peers & ~read_word(&g.state->masked);
-  const uint64_t start = now_ns();
+  // A peer may wait as long as the timeout for a silent one, and then send what it has.
+  const uint64_t start = now_ns(),
+                 deadline = start + (g.mask_silent_ranks ? 2 : 1) * g.group.timeout_ns;
   for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x) {
     if (!ll_has(from, peer)) continue;
     const LlDoneLine& line = ll_done_line(g, call.half, g.group.rank, peer);
     uint64_t seen = 0;
     LlLoss loss;
-    const bool has_come = ll_wait(g, peer, start + g.group.timeout_ns, &loss, [&] {
+    const bool has_come = ll_wait(g, peer, deadline, &loss, [&] {
       seen = load_flag(&line.flag);
       return seen >= half.number;
     });
