@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ep_kernels.event import Event
     from ep_kernels.handle import HostCounts, RoutingMemory
     from ep_kernels.lanes import ScaleoutStats
+    from ep_kernels.pool import Received, ReceiveFormat, Reservation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,16 @@ class CallOptions:
     async_op: bool
     previous_event: Event | None
     num_sms: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreshDispatch:
+    """A dispatch under way: its number, what the host knows of it, its memory, its end."""
+
+    seq: int
+    host: HostCounts
+    received: Received
+    event: Event
 
 
 class Backend(Protocol):
@@ -33,8 +44,8 @@ class Backend(Protocol):
 
     device: torch.device
 
-    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor in this rank's pool. Raises EPDeviceError if the pool is full."""
+    def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> Reservation:
+        """Memory of this rank's pool for a tensor. Raises EPDeviceError if the pool is full."""
 
     def pool_offset(self, tensor: torch.Tensor) -> int | None:
         """Offset of a contiguous tensor in the pool, None if it lies elsewhere."""
@@ -53,22 +64,19 @@ class Backend(Protocol):
         fail, this or the call raises why; other errors are their events' to raise.
         """
 
-    def notify(
-        self, args: DispatchArgs, memory: RoutingMemory, *, options: CallOptions
-    ) -> tuple[int, HostCounts]:
-        """First half of a fresh dispatch: fills the routing; number of the call."""
-
-    def send(
+    def dispatch_fresh(
         self,
-        seq: int,
         args: DispatchArgs,
         memory: RoutingMemory,
         *,
+        formats: ReceiveFormat,
         keep: Any,
-        error: str,
         options: CallOptions,
-    ) -> Event:
-        """Second half. `error` says why this rank has no memory for its rows, or is empty."""
+    ) -> FreshDispatch:
+        """A dispatch whose memory is taken when the counts are known; fills the routing.
+
+        Raises EPDeviceError, on all ranks, if one of them has no memory for its rows.
+        """
 
     def dispatch(
         self, args: DispatchArgs, memory: RoutingMemory, *, keep: Any, options: CallOptions

@@ -41,7 +41,7 @@ class CpuLowLatency:
         self._library = ll_library()
         self._make_event, self._view = backend.make_event, backend.view
         self._low_latency: int | None = None
-        self._region = backend.allocate((num_bytes,), torch.uint8)
+        self._region = backend.reserve((num_bytes,), torch.uint8).tensor()
         offset = backend.pool_offset(self._region)
         assert offset == 0, "the region must be at the same place on all ranks"
         out = ctypes.c_void_p()

@@ -1,7 +1,9 @@
 """The CUDA backend: device memory that the ranks of a node open, and the compiled CUDA core.
 
-Streams. A buffer has a communication stream. A call makes it wait for the caller's stream (or for
-`previous_event`), runs there, and makes the caller's stream wait for it (unless `async_op`).
+Streams. A call that its caller waits for anyway runs on the caller's stream. One with `async_op` or
+`previous_event` runs on the buffer's communication stream, which waits for the caller's stream, or
+for the event instead. Calls of a buffer run one after the other, whichever their streams.
+
 Results lie in the pool. Memory of the pool that is freed is written again only after everything
 that the stream which freed it had been given by then.
 """
@@ -18,21 +20,21 @@ import torch
 from ep_kernels import _native, _native_cuda
 from ep_kernels._native import CombineArgs, DispatchArgs
 from ep_kernels._native_cuda import CallOrder
-from ep_kernels.backend import CallOptions
+from ep_kernels.backend import CallOptions, FreshDispatch
 from ep_kernels.bootstrap import Bootstrap
 from ep_kernels.config import Settings
 from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
 from ep_kernels.event import Event
 from ep_kernels.handle import HostCounts, RoutingMemory
 from ep_kernels.lanes import ScaleoutStats
+from ep_kernels.pool import Received, ReceiveFormat, Reservation
 
 
 class _Memory:
     """A range of the pool as torch sees it; returned when the last tensor over it is gone."""
 
-    def __init__(self, backend: CudaBackend, num_bytes: int) -> None:
-        self._backend = backend
-        self._block, address, _ = backend.allocate_block(num_bytes)
+    def __init__(self, backend: CudaBackend, block: int, address: int, num_bytes: int) -> None:
+        self._backend, self._block = backend, block
         self.__cuda_array_interface__ = {
             "shape": (num_bytes,),
             "typestr": "|u1",
@@ -41,8 +43,7 @@ class _Memory:
         }
 
     def __del__(self) -> None:
-        if hasattr(self, "_block"):
-            self._backend.free_block(self._block)
+        self._backend.free_block(self._block)
 
 
 class CudaOperation:
@@ -153,15 +154,39 @@ class CudaBackend:
         stream = self._current_stream() if self._buffer is not None else 0
         self._library.ep_cuda_block_free(self._buffer, block, stream)
 
-    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor in this rank's pool. Raises EPDeviceError if the pool is full."""
+    def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> Reservation:
+        """Memory of this rank's pool for a tensor. Raises EPDeviceError if the pool is full."""
         num_bytes = math.prod(shape) * dtype.itemsize
         if num_bytes == 0:
-            return torch.empty(shape, dtype=dtype, device=self.device)
-        memory = _Memory(self, num_bytes)
+            return self._empty(shape, dtype)
+        return self._reservation(*self.allocate_block(num_bytes), shape, dtype)
+
+    def _adopt(
+        self, rows: _native_cuda.ReceivedRows, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Reservation:
+        """Memory that the core has taken."""
+        if rows.block is None:
+            return self._empty(shape, dtype)
+        return self._reservation(rows.block, rows.address, rows.offset, shape, dtype)
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Reservation:
+        return Reservation(
+            offset=0,
+            address=0,
+            tensor=lambda: torch.empty(shape, dtype=dtype, device=self.device),
+        )
+
+    def _reservation(
+        self, block: int, address: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Reservation:
+        memory = _Memory(self, block, address, math.prod(shape) * dtype.itemsize)
         if torch.cuda.is_current_stream_capturing():
             self._captured.append(memory)
-        return torch.as_tensor(memory, device=self.device).view(dtype).view(shape)
+        return Reservation(
+            offset=offset,
+            address=address,
+            tensor=lambda: torch.as_tensor(memory, device=self.device).view(dtype).view(shape),
+        )
 
     def pool_offset(self, tensor: torch.Tensor) -> int | None:
         """Offset of a contiguous tensor in the pool, None if it lies elsewhere."""
@@ -204,46 +229,47 @@ class CudaBackend:
         counts = torch.cat([is_in_rank.sum(0), is_chosen.sum(0)]).to(torch.int32)
         return counts, is_in_rank
 
-    def notify(
-        self, args: DispatchArgs, memory: RoutingMemory, *, options: CallOptions
-    ) -> tuple[int, HostCounts]:
-        """Exchanges counts and fills the routing; the host waits for the sizes."""
-        number, sizes = ctypes.c_int64(), (ctypes.c_int64 * 3)()
-        counts = torch.empty(self._num_local_experts, dtype=torch.int64)
-        offsets = torch.empty(self._num_local_experts + 1, dtype=torch.int64)
-        _native.call(
-            self._library.ep_cuda_notify,
-            self._buffer,
-            ctypes.byref(args),
-            ctypes.byref(self._order(options)),
-            ctypes.byref(number),
-            sizes,
-            counts.data_ptr(),
-            offsets.data_ptr(),
-        )
-        return number.value, HostCounts(
-            num_rows=sizes[0], num_recv_tokens_per_expert=counts, expert_offsets=offsets
-        )
-
-    def send(
+    def dispatch_fresh(
         self,
-        seq: int,
         args: DispatchArgs,
         memory: RoutingMemory,
         *,
+        formats: ReceiveFormat,
         keep: Any,
-        error: str,
         options: CallOptions,
-    ) -> Event:
-        _native.call(
-            self._library.ep_cuda_send,
-            self._buffer,
-            seq,
-            ctypes.byref(args),
-            not error,
-            ctypes.byref(self._order(options)),
+    ) -> FreshDispatch:
+        """Exchanges counts and fills the routing; the host waits for the sizes, takes the memory
+        and has the rows sent."""
+        wanted = (formats.x, formats.scales, formats.topk_idx, formats.topk_weights)
+        receive, number = _native_cuda.Receive(), ctypes.c_int64()
+        rows = (receive.x, receive.scales, receive.topk_idx, receive.topk_weights)
+        for of, one in zip(wanted, rows):
+            one.row_bytes = -1 if of is None else of.num_bytes
+        counts = torch.empty(self._num_local_experts, dtype=torch.int64)
+        offsets = torch.empty(self._num_local_experts + 1, dtype=torch.int64)
+        fresh = _native_cuda.FreshCounts(
+            num_recv_tokens_per_expert=counts.data_ptr(), expert_offsets=offsets.data_ptr()
         )
-        return self._event(seq, keep)
+        _native.call(
+            self._library.ep_cuda_dispatch_fresh,
+            self._buffer,
+            ctypes.byref(args),
+            ctypes.byref(self._order(options)),
+            ctypes.byref(receive),
+            ctypes.byref(fresh),
+            ctypes.byref(number),
+        )
+        x, *others = (
+            None if of is None else self._adopt(one, (fresh.num_rows, *of.shape), of.dtype)
+            for of, one in zip(wanted, rows)
+        )
+        assert x is not None
+        received = Received(x=x, scales=others[0], topk_idx=others[1], topk_weights=others[2])
+        host = HostCounts(
+            num_rows=fresh.num_rows, num_recv_tokens_per_expert=counts, expert_offsets=offsets
+        )
+        event = self._event(number.value, (keep, received))
+        return FreshDispatch(seq=number.value, host=host, received=received, event=event)
 
     def dispatch(
         self, args: DispatchArgs, memory: RoutingMemory, *, keep: Any, options: CallOptions
@@ -298,6 +324,14 @@ class CudaBackend:
                 number,
                 self._current_stream(),
             )
+
+    def stamps(self, number: int) -> dict[str, int]:
+        """When a finished call reached each of _native_cuda.STAMPS, in nanoseconds of the device's
+        timer; without those that it does not have.
+        """
+        times = (ctypes.c_uint64 * len(_native_cuda.STAMPS))()
+        self._library.ep_cuda_stamps(self._buffer, number, times)
+        return {name: time for name, time in zip(_native_cuda.STAMPS, times) if time}
 
     def end_event(self, number: int) -> int | None:
         """The cudaEvent_t at the end of a call."""

@@ -6,7 +6,7 @@
 #include "core/ht_args.h"
 
 // The C interface of the CUDA core, called from Python through ctypes (ep_kernels/_native_cuda.py).
-// Calls enqueue work on the buffer's communication stream and return their number.
+// Calls enqueue work and return their number.
 
 struct EpCudaBuffer;
 struct EpCudaBlock;
@@ -24,8 +24,29 @@ struct EpCallOrder {
   int32_t is_async;
 };
 
-/// Sizes of EpCallOrder, EpCudaConfig, HtSizes, HtRouting, HtDispatchArgs, HtCombineArgs.
-EP_API void ep_cuda_abi_sizes(int32_t sizes[6]);
+/// Memory for one of the results of a dispatch.
+struct EpReceivedRows {
+  int64_t row_bytes;   // in: of a row; -1: there is no such result
+  EpCudaBlock* block;  // out: to be freed by the caller; null if there is none or it is empty
+  void* address;       // out
+  int64_t offset;      // out: in the pool
+};
+
+struct EpReceive {
+  EpReceivedRows x, scales, topk_idx, topk_weights;
+};
+
+/// What the host learns of a fresh dispatch: the number of rows; as in HtRouting, in host memory,
+/// [L] and [L + 1], the latter expert-major.
+struct EpFreshCounts {
+  int64_t num_rows;
+  int64_t* num_recv_tokens_per_expert;
+  int64_t* expert_offsets;
+};
+
+/// Sizes of EpCallOrder, EpCudaConfig, HtSizes, HtRouting, HtDispatchArgs, HtCombineArgs,
+/// EpReceive, EpFreshCounts.
+EP_API void ep_cuda_abi_sizes(int32_t sizes[8]);
 
 /// `handle`: 64 bytes that peers need to map this rank's memory.
 EP_API int32_t ep_cuda_buffer_create(const EpCudaConfig* config, EpCudaBuffer** buffer,
@@ -41,14 +62,12 @@ EP_API int32_t ep_cuda_block_allocate(EpCudaBuffer* buffer, int64_t num_bytes, E
 EP_API void ep_cuda_block_free(EpCudaBuffer* buffer, EpCudaBlock* block, void* stream);
 EP_API void ep_cuda_pool_stats(EpCudaBuffer* buffer, int64_t stats[3]);
 
-/// Fills args->routing and waits for the sizes: sizes as HtRouting::recv_sizes, then [L] and,
-/// expert-major, [L + 1] as in HtRouting, in host memory.
-EP_API int32_t ep_cuda_notify(EpCudaBuffer* buffer, const ep::HtDispatchArgs* args,
-                              const EpCallOrder* order, int64_t* call, int64_t sizes[3],
-                              int64_t* num_recv_tokens_per_expert, int64_t* expert_offsets,
-                              EpError* error);
-EP_API int32_t ep_cuda_send(EpCudaBuffer* buffer, int64_t call, const ep::HtDispatchArgs* args,
-                            int32_t has_memory, const EpCallOrder* order, EpError* error);
+/// A dispatch that takes its memory once the host knows how many rows come. Fills `receive` and
+/// `counts`.
+EP_API int32_t ep_cuda_dispatch_fresh(EpCudaBuffer* buffer, const ep::HtDispatchArgs* args,
+                                      const EpCallOrder* order, EpReceive* receive,
+                                      EpFreshCounts* counts, int64_t* call, EpError* error);
+/// A dispatch into memory that `args` names: with a capacity or a cached handle.
 EP_API int32_t ep_cuda_dispatch(EpCudaBuffer* buffer, const ep::HtDispatchArgs* args,
                                 const EpCallOrder* order, int64_t* call, EpError* error);
 EP_API int32_t ep_cuda_combine(EpCudaBuffer* buffer, const ep::HtCombineArgs* args,
@@ -65,5 +84,8 @@ EP_API int32_t ep_cuda_wait(EpCudaBuffer* buffer, int64_t call, EpError* error);
 EP_API int32_t ep_cuda_check(EpCudaBuffer* buffer, int64_t call, EpError* error);
 EP_API int32_t ep_cuda_make_stream_wait(EpCudaBuffer* buffer, int64_t call, void* stream,
                                         EpError* error);
+/// Nanoseconds of the device's timer when a finished call reached each Stamp (cuda/group.h); 0 for
+/// those that it does not have, or if it is too old.
+EP_API void ep_cuda_stamps(EpCudaBuffer* buffer, int64_t call, uint64_t stamps[7]);
 /// The cudaEvent_t at the end of a call.
 EP_API void* ep_cuda_end_event(EpCudaBuffer* buffer, int64_t call);

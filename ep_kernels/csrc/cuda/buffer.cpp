@@ -69,6 +69,17 @@ Pool::~Pool() {
   cudaSetDevice(previous);
 }
 
+void Received::allocate(const std::shared_ptr<Pool>& pool, const RowBytes& row_bytes,
+                        int64_t num_rows) {
+  const auto take = [&](Block& block, int64_t bytes_per_row) {
+    if (bytes_per_row >= 0) block.allocate(pool, num_rows * bytes_per_row);
+  };
+  take(x, row_bytes.x);
+  take(scales, row_bytes.scales);
+  take(topk_idx, row_bytes.topk_idx);
+  take(topk_weights, row_bytes.topk_weights);
+}
+
 Buffer::Buffer(const Config& config) : config_(config) {
   EP_CHECK(config.num_ranks <= kMaxRanks, "group: ", config.num_ranks, " ranks, the limit is ",
            kMaxRanks);
@@ -168,9 +179,39 @@ void Buffer::check_usable() const {
     throw DeviceError("this buffer failed and cannot be used any more: " + failure_);
 }
 
-/// Takes a record and makes the communication stream wait for what the call has to come after.
+/// Takes a record, chooses the stream of the call, and makes it wait for what the call has to come
+/// after: the call before it, the caller's work, and work that uses memory which is free since.
 int64_t Buffer::begin_call(const CallOrder& order) {
   CallRecord& record = *record_of(num_calls_);
+  wait_for_record(record);
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  EP_CHECK_CUDA(cudaStreamIsCapturing(order.caller, &capture));
+  const bool is_captured = capture != cudaStreamCaptureStatusNone;
+  // NOTE: a call that its caller waits for anyway runs on the caller's stream: each of the two hops
+  // between streams would cost as much as a launch.
+  const cudaStream_t stream = order.is_async || order.previous ? stream_ : order.caller;
+  if (num_calls_ > 0 && last_.stream != stream && last_.is_captured == is_captured)
+    EP_CHECK_CUDA(cudaStreamWaitEvent(stream, end_event(num_calls_ - 1), 0));
+  if (order.previous) {
+    EP_CHECK_CUDA(cudaStreamWaitEvent(stream, order.previous, 0));
+  } else if (stream != order.caller) {
+    EP_CHECK_CUDA(cudaEventRecord(begin_event_, order.caller));
+    EP_CHECK_CUDA(cudaStreamWaitEvent(stream, begin_event_, 0));
+  }
+  for (auto& [freeing, freed] : freed_) {
+    // What was freed before a capture began is not in use any more when its graph runs.
+    if (!freed.is_pending || is_captured || (freeing == order.caller && !order.previous)) continue;
+    EP_CHECK_CUDA(cudaStreamWaitEvent(stream, freed.event, 0));
+    freed.is_pending = false;
+  }
+  last_ = {stream, is_captured};
+  record.has_sizes = 0;
+  std::fill_n(record.stamps, kNumStamps, uint64_t{0});
+  __atomic_store_n(&record.status, static_cast<int32_t>(CallStatus::kRunning), __ATOMIC_RELEASE);
+  return num_calls_++;
+}
+
+void Buffer::wait_for_record(const CallRecord& record) const {
   const auto deadline = Clock::now() + std::chrono::microseconds(2 * config_.timeout_us);
   while (__atomic_load_n(&record.status, __ATOMIC_ACQUIRE) ==
          static_cast<int32_t>(CallStatus::kRunning)) {
@@ -180,26 +221,18 @@ int64_t Buffer::begin_call(const CallOrder& order) {
                                " s and holds a record that a new call needs"));
     std::this_thread::sleep_for(std::chrono::microseconds(50));
   }
-  if (order.previous) {
-    EP_CHECK_CUDA(cudaStreamWaitEvent(stream_, order.previous, 0));
-  } else {
-    EP_CHECK_CUDA(cudaEventRecord(begin_event_, order.caller));
-    EP_CHECK_CUDA(cudaStreamWaitEvent(stream_, begin_event_, 0));
-  }
-  for (auto& [stream, freed] : freed_) {
-    if (!freed.is_pending || (stream == order.caller && !order.previous)) continue;
-    EP_CHECK_CUDA(cudaStreamWaitEvent(stream_, freed.event, 0));
-    freed.is_pending = false;
-  }
-  record.has_sizes = 0;
-  __atomic_store_n(&record.status, static_cast<int32_t>(CallStatus::kRunning), __ATOMIC_RELEASE);
-  return num_calls_++;
 }
 
+void Buffer::finish_call(int64_t call, const CallOrder& order) {
+  launch_finish(group_, record_of(call), last_.stream);
+  end_call(call, order);
+}
+
+/// The kernel that finishes the call has been launched.
 void Buffer::end_call(int64_t call, const CallOrder& order) {
-  launch_finish(group_, record_of(call), stream_);
-  EP_CHECK_CUDA(cudaEventRecord(end_event(call), stream_));
-  if (!order.is_async) EP_CHECK_CUDA(cudaStreamWaitEvent(order.caller, end_event(call), 0));
+  EP_CHECK_CUDA(cudaEventRecord(end_event(call), last_.stream));
+  if (!order.is_async && last_.stream != order.caller)
+    EP_CHECK_CUDA(cudaStreamWaitEvent(order.caller, end_event(call), 0));
 }
 
 void Buffer::note_free(cudaStream_t stream) {
@@ -217,7 +250,7 @@ void Buffer::note_free(cudaStream_t stream) {
 int32_t* Buffer::scratch(int64_t num_tokens) {
   const int64_t needed = (num_chunks(num_tokens) + 1) * (config_.num_ranks + num_experts());
   if (needed > scratch_elements_) {
-    EP_CHECK_CUDA(cudaStreamSynchronize(stream_));
+    EP_CHECK_CUDA(cudaDeviceSynchronize());
     EP_CHECK_CUDA(cudaFree(scratch_));
     allocate_device(&scratch_, static_cast<size_t>(needed) * sizeof(int32_t));
     scratch_elements_ = needed;
@@ -234,19 +267,46 @@ PostArgs Buffer::make_post(Op op, const HtSizes& sizes) const {
 
 void Buffer::launch_routing(int64_t call, const HtDispatchArgs& args, const PostArgs& post) {
   int32_t* memory = scratch(args.sizes.num_tokens);
-  launch_count(group_, args, memory, stream_);
-  launch_notify(group_, args, post, memory, record_of(call), stream_);
-  launch_plan(group_, args, memory, stream_);
+  launch_notify(group_, args, post, memory, record_of(call), last_.stream);
+  launch_plan(group_, args, memory, last_.stream);
 }
 
-int64_t Buffer::notify(const HtDispatchArgs& args, const CallOrder& order) {
+int64_t Buffer::dispatch_fresh(HtDispatchArgs args, const RowBytes& row_bytes,
+                               const CallOrder& order, Received* received) {
   check_usable();
   validate(args);
   DeviceGuard guard(config_.device);
   const int64_t call = begin_call(order);
   launch_routing(call, args, make_post(Op::kDispatch, args.sizes));
+  if (!wait_for_sizes(call)) {
+    finish_call(call, order);
+    wait(call);
+    throw DeviceError("the exchange of counts ended without a result");
+  }
+  std::string problem;
+  try {
+    received->allocate(pool_, row_bytes, record_of(call)->recv_sizes[0]);
+  } catch (const DeviceError& error) {  // every rank has to learn of it
+    problem = error.what();
+  }
+  args.recv_x = received->x.offset;
+  args.recv_scales = received->scales.offset;
+  args.recv_topk_idx = received->topk_idx.offset;
+  args.recv_topk_weights = received->topk_weights.offset;
+  Offer offer = recv_offer(args);
+  offer.failed = !problem.empty();
+  launch_offer(group_, offer, record_of(call), last_.stream);
+  launch_send(group_, args, record_of(call), last_.stream);
+  end_call(call, order);
+  if (problem.empty()) return call;
+  EP_CHECK_CUDA(cudaEventSynchronize(end_event(call)));
+  throw DeviceError(problem);
+}
 
-  CallRecord& record = *record_of(call);
+/// Blocks the host until the kernels have told how many rows come. False: they have returned
+/// without, or nothing moves.
+bool Buffer::wait_for_sizes(int64_t call) const {
+  const CallRecord& record = *record_of(call);
   const auto start = Clock::now();
   const auto deadline = start + std::chrono::microseconds(3 * config_.timeout_us);
   constexpr auto kSpin = std::chrono::microseconds(2000);
@@ -254,26 +314,12 @@ int64_t Buffer::notify(const HtDispatchArgs& args, const CallOrder& order) {
     const auto now = Clock::now();
     if (now - start < kSpin) continue;
     std::this_thread::sleep_for(std::chrono::microseconds(20));
-    const cudaError_t state = cudaStreamQuery(stream_);
+    const cudaError_t state = cudaStreamQuery(last_.stream);
     if (state == cudaErrorNotReady && now < deadline) continue;
     if (state != cudaSuccess && state != cudaErrorNotReady) EP_CHECK_CUDA(state);
-    break;  // the kernel has returned without sizes, or nothing moves
+    break;
   }
-  if (__atomic_load_n(&record.has_sizes, __ATOMIC_ACQUIRE) == kSizesValid) return call;
-  end_call(call, order);
-  wait(call);
-  throw DeviceError("the exchange of counts ended without a result");
-}
-
-void Buffer::send(int64_t call, const HtDispatchArgs& args, bool has_memory,
-                  const CallOrder& order) {
-  DeviceGuard guard(config_.device);
-  Offer offer = recv_offer(args);
-  offer.failed = !has_memory;
-  launch_offer(group_, offer, record_of(call), stream_);
-  launch_send(group_, args, stream_);
-  launch_pad(group_, args, stream_);
-  end_call(call, order);
+  return __atomic_load_n(&record.has_sizes, __ATOMIC_ACQUIRE) == kSizesValid;
 }
 
 int64_t Buffer::dispatch(const HtDispatchArgs& args, const CallOrder& order) {
@@ -287,10 +333,9 @@ int64_t Buffer::dispatch(const HtDispatchArgs& args, const CallOrder& order) {
   if (is_fresh) {
     launch_routing(call, args, post);
   } else {
-    launch_post(group_, post, record_of(call), stream_);
+    launch_post(group_, post, record_of(call), last_.stream);
   }
-  launch_send(group_, args, stream_);
-  launch_pad(group_, args, stream_);
+  launch_send(group_, args, record_of(call), last_.stream);
   end_call(call, order);
   return call;
 }
@@ -306,7 +351,7 @@ int64_t Buffer::combine(const HtCombineArgs& args, const CallOrder& order) {
     if (args.num_rows > 0)
       EP_CHECK_CUDA(cudaMemcpyAsync(pool_base() + offset, from,
                                     static_cast<size_t>(args.num_rows * row_bytes),
-                                    cudaMemcpyDeviceToDevice, stream_));
+                                    cudaMemcpyDeviceToDevice, last_.stream));
   };
   if (args.stage_x) stage(args.pool_x, args.x, args.sizes.row_bytes);
   if (args.stage_topk_weights)
@@ -314,8 +359,8 @@ int64_t Buffer::combine(const HtCombineArgs& args, const CallOrder& order) {
   PostArgs post = make_post(Op::kCombine, args.sizes);
   post.offer.x = args.pool_x;
   post.offer.topk_weights = args.pool_topk_weights;
-  launch_post(group_, post, record_of(call), stream_);
-  launch_reduce(group_, args, stream_);
+  launch_post(group_, post, record_of(call), last_.stream);
+  launch_reduce(group_, args, record_of(call), last_.stream);
   end_call(call, order);
   return call;
 }
@@ -324,8 +369,8 @@ int64_t Buffer::barrier(const CallOrder& order) {
   check_usable();
   DeviceGuard guard(config_.device);
   const int64_t call = begin_call(order);
-  launch_post(group_, make_post(Op::kBarrier, HtSizes{}), record_of(call), stream_);
-  end_call(call, order);
+  launch_post(group_, make_post(Op::kBarrier, HtSizes{}), record_of(call), last_.stream);
+  finish_call(call, order);
   return call;
 }
 
@@ -337,8 +382,8 @@ int64_t Buffer::refuse(const std::string& reason, const CallOrder& order) {
   post.fields[kFieldOp] = static_cast<int64_t>(Op::kRefused);
   post.has_text = 1;
   std::memcpy(post.text, reason.data(), std::min(reason.size(), size_t{kMaxText - 1}));
-  launch_post(group_, post, record_of(call), stream_);
-  end_call(call, order);
+  launch_post(group_, post, record_of(call), last_.stream);
+  finish_call(call, order);
   return call;
 }
 
@@ -353,6 +398,11 @@ void Buffer::wait(int64_t call) {
   DeviceGuard guard(config_.device);
   EP_CHECK_CUDA(cudaEventSynchronize(end_event(call)));
   check(call);
+}
+
+void Buffer::stamps(int64_t call, uint64_t (&out)[kNumStamps]) const {
+  std::fill_n(out, kNumStamps, uint64_t{0});
+  if (!is_destroyed_ && !is_too_old(call)) std::copy_n(record_of(call)->stamps, kNumStamps, out);
 }
 
 void Buffer::make_stream_wait(int64_t call, cudaStream_t stream) {

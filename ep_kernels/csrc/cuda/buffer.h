@@ -26,6 +26,37 @@ struct Pool {
   PoolAllocator allocator;
 };
 
+/// A range of a pool, given back at the end unless somebody has taken it over.
+struct Block {
+  Block() = default;
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+  ~Block() {
+    if (pool) pool->allocator.free(offset);
+  }
+  /// Of 0 bytes: nothing, at offset 0. Throws DeviceError.
+  void allocate(const std::shared_ptr<Pool>& from, int64_t num_bytes) {
+    offset = num_bytes == 0 ? 0 : from->allocator.allocate(num_bytes);
+    if (num_bytes > 0) pool = from;
+  }
+
+  std::shared_ptr<Pool> pool;
+  int64_t offset = -1;
+};
+
+/// Of each result of a dispatch; -1 where there is none.
+struct RowBytes {
+  int64_t x, scales, topk_idx, topk_weights;
+};
+
+/// Memory for the results of a dispatch.
+struct Received {
+  Block x, scales, topk_idx, topk_weights;
+
+  /// Throws DeviceError if the pool is full.
+  void allocate(const std::shared_ptr<Pool>& pool, const RowBytes& row_bytes, int64_t num_rows);
+};
+
 /// How a call is ordered with the work of its caller.
 struct CallOrder {
   cudaStream_t caller;
@@ -33,8 +64,10 @@ struct CallOrder {
   bool is_async;         ///< the caller's stream does not wait for the call
 };
 
-/// Symmetric memory of one rank on a GPU, and the calls over it. Calls enqueue on the buffer's
-/// communication stream and return; only notify(), wait() and destroy() wait for the device.
+/// Symmetric memory of one rank on a GPU, and the calls over it. Calls enqueue and return; only
+/// dispatch_fresh(), wait() and destroy() wait for the device. A call runs on the communication
+/// stream if it is asynchronous or comes after another event than its caller's work, else on its
+/// caller's stream; either way after the calls before it.
 class Buffer {
  public:
   struct Config {
@@ -61,13 +94,11 @@ class Buffer {
 
   // Calls. Each returns its number.
 
-  /// First half of a fresh dispatch: fills args.routing and blocks the host until the sizes are
-  /// known. If the call has ended with an error, completes it and throws.
-  int64_t notify(const HtDispatchArgs& args, const CallOrder& order);
-  /// What the host learns from notify(); valid until kNumRecords calls later.
+  /// A dispatch whose memory is not known yet: blocks the host until the sizes are, and takes it.
+  int64_t dispatch_fresh(HtDispatchArgs args, const RowBytes& row_bytes, const CallOrder& order,
+                         Received* received);
+  /// What the host learns from dispatch_fresh(); valid until kNumRecords calls later.
   const CallRecord& record(int64_t call) const { return *record_of(call); }
-  /// Second half. `has_memory` false: tells the peers that this rank has none for its rows.
-  void send(int64_t call, const HtDispatchArgs& args, bool has_memory, const CallOrder& order);
   /// A whole dispatch whose memory is known: with a capacity or a cached handle.
   int64_t dispatch(const HtDispatchArgs& args, const CallOrder& order);
   int64_t combine(const HtCombineArgs& args, const CallOrder& order);
@@ -80,6 +111,8 @@ class Buffer {
   void wait(int64_t call);
   /// Throws the error of a finished call.
   void check(int64_t call);
+  /// When a finished call reached each Stamp; zeros if it is too old.
+  void stamps(int64_t call, uint64_t (&out)[kNumStamps]) const;
   /// Makes a stream wait for a call.
   void make_stream_wait(int64_t call, cudaStream_t stream);
   /// The end of a call, for other streams and buffers to wait for.
@@ -98,8 +131,17 @@ class Buffer {
     bool is_pending;  // noted since a call last waited for it
   };
 
+  /// Where the latest call runs.
+  struct Last {
+    cudaStream_t stream;
+    bool is_captured;
+  };
+
   void check_usable() const;
+  void wait_for_record(const CallRecord& record) const;
+  bool wait_for_sizes(int64_t call) const;
   int64_t begin_call(const CallOrder& order);
+  void finish_call(int64_t call, const CallOrder& order);
   void end_call(int64_t call, const CallOrder& order);
   void launch_routing(int64_t call, const HtDispatchArgs& args, const PostArgs& post);
   int32_t* scratch(int64_t num_tokens);
@@ -114,6 +156,7 @@ class Buffer {
   DeviceGroup group_{};
   CallRecord* records_ = nullptr;  // pinned, seen by the device
   int64_t num_calls_ = 0;
+  Last last_{};
   int32_t* expert_tables_ = nullptr;
   int32_t* scratch_ = nullptr;
   int64_t scratch_elements_ = 0;

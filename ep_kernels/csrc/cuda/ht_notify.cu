@@ -1,7 +1,7 @@
 // Where every row goes, computed by all ranks alike.
 //
-//   count    each block   masks of the tokens that chose an expert, a rank; their sizes
-//   count_kernel notify   one block    chunk counts -> first rows within this rank scan_chunks
+//   count    each block   masks of the tokens that chose an expert, a rank; their sizes count_chunk
+//   notify   last block   chunk counts -> first rows within this rank scan_chunks
 //                         counts to all ranks, counts of all ranks                        exchange
 //                         first rows of this rank on every rank, sizes of own results     place_*
 //   plan     each block   row of each choice = first row of its chunk + tokens before it
@@ -19,8 +19,8 @@ namespace ep::cuda {
 namespace {
 
 constexpr int kMaskWords = kChunkTokens / 32;
-constexpr int kNumThreads = 256;
-constexpr int kNotifyThreads = 1024;
+constexpr int kNumThreads = 512;
+constexpr int kChunksAtOnce = 8;
 constexpr int64_t kNoBadChoice = INT64_MAX;
 
 /// For every column (rank, then expert) the set of the chunk's tokens that chose it, in shared
@@ -76,10 +76,9 @@ __device__ void fill_masks(const DeviceGroup& group, const HtDispatchArgs& args,
   __syncthreads();
 }
 
-__global__ void __launch_bounds__(kNumThreads)
-    count_kernel(const __grid_constant__ DeviceGroup group,
-                 const __grid_constant__ HtDispatchArgs args, int32_t* scratch) {
-  extern __shared__ uint32_t shared_words[];
+/// The sizes of the columns of chunk `blockIdx.x`. All threads.
+__device__ void count_chunk(const DeviceGroup& group, const HtDispatchArgs& args, int32_t* scratch,
+                            uint32_t* shared_words) {
   ChunkMasks masks{shared_words};
   fill_masks(group, args, masks);
   const int num_columns = group.num_ranks + group.num_experts;
@@ -142,10 +141,16 @@ __device__ int32_t* scan_chunks(const DeviceGroup& group, int32_t* scratch, int6
   int32_t* totals = scratch + chunks * num_columns;
   for (int column = threadIdx.x; column < num_columns; column += blockDim.x) {
     int32_t sum = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const int32_t count = scratch[chunk * num_columns + column];
-      scratch[chunk * num_columns + column] = sum;
-      sum += count;
+    for (int64_t first = 0; first < chunks; first += kChunksAtOnce) {
+      int32_t counts[kChunksAtOnce];  // all loads are under way before the first store
+#pragma unroll
+      for (int i = 0; i < kChunksAtOnce; ++i)
+        counts[i] = first + i < chunks ? __ldcg(&scratch[(first + i) * num_columns + column]) : 0;
+#pragma unroll
+      for (int i = 0; i < kChunksAtOnce; ++i) {
+        if (first + i < chunks) scratch[(first + i) * num_columns + column] = sum;
+        sum += counts[i];
+      }
     }
     totals[column] = sum;
   }
@@ -179,6 +184,7 @@ __device__ void sum_columns(const DeviceGroup& group, uint64_t seq, const Column
   const int num_columns = group.num_ranks + group.num_experts;
   for (int column = threadIdx.x; column < num_columns; column += blockDim.x) {
     int32_t total = 0;
+#pragma unroll 8
     for (int src = 0; src < group.num_ranks; ++src) {
       if (src == group.rank) sums.before[column] = total;
       total += counts_of(post_of(group, seq, group.rank, src))[column];
@@ -310,6 +316,7 @@ __device__ bool exchange(const DeviceGroup& group, const HtDispatchArgs& args, c
   send_post(group, seq, refuse_bad_choice(group, args, post), own_counts);
   wait_posts(group, record, seq);
   check_agreement(group, record, seq);
+  if (threadIdx.x == 0) stamp(record, kStampAgreed);
   if (threadIdx.x == 0 && !is_running(group)) {
     __threadfence_system();
     store_word(&record->has_sizes, kSizesNever);
@@ -318,12 +325,11 @@ __device__ bool exchange(const DeviceGroup& group, const HtDispatchArgs& args, c
   return is_running(group);
 }
 
-__global__ void __launch_bounds__(kNotifyThreads)
-    notify_kernel(const __grid_constant__ DeviceGroup group,
-                  const __grid_constant__ HtDispatchArgs args,
-                  const __grid_constant__ PostArgs post, int32_t* scratch, int64_t chunks,
-                  CallRecord* record) {
+/// All threads of the block that counted last.
+__device__ void notify(const DeviceGroup& group, const HtDispatchArgs& args, const PostArgs& post,
+                       int32_t* scratch, CallRecord* record) {
   extern __shared__ int32_t shared_sums[];
+  const int64_t chunks = gridDim.x;
   clear_receiver(group, args);
   if (!is_running(group)) return;
   const int num_columns = group.num_ranks + group.num_experts;
@@ -339,8 +345,28 @@ __global__ void __launch_bounds__(kNotifyThreads)
   count_overflow(group, args);
   __syncthreads();
   publish_sizes(args, group.num_local_experts, record);
+  if (threadIdx.x == 0) stamp(record, kStampSized);
   for (int64_t i = threadIdx.x; i < chunks * num_columns; i += blockDim.x)
     scratch[i] += sums.before[i % num_columns];
+}
+
+__global__ void __launch_bounds__(kNumThreads)
+    notify_kernel(const __grid_constant__ DeviceGroup group,
+                  const __grid_constant__ HtDispatchArgs args,
+                  const __grid_constant__ PostArgs post, int32_t* scratch, CallRecord* record) {
+  extern __shared__ uint32_t shared_words[];
+  __shared__ bool is_last;
+  if (blockIdx.x == 0 && threadIdx.x == 0) stamp(record, kStampBegin);
+  count_chunk(group, args, scratch, shared_words);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicAdd(&group.state->blocks_done, 1u) == gridDim.x - 1;
+    __threadfence();
+    if (is_last) group.state->blocks_done = 0;
+  }
+  __syncthreads();
+  if (is_last) notify(group, args, post, scratch, record);
 }
 
 template <typename Kernel>
@@ -356,27 +382,21 @@ size_t mask_bytes(const DeviceGroup& group) {
 }
 
 unsigned num_blocks(const HtDispatchArgs& args) {
-  return static_cast<unsigned>(std::max<int64_t>(1, num_chunks(args.sizes.num_tokens)));
+  return static_cast<unsigned>(num_chunks(args.sizes.num_tokens));
 }
 
 }  // namespace
 
-int64_t num_chunks(int64_t num_tokens) { return ceil_div(num_tokens, int64_t{kChunkTokens}); }
-
-void launch_count(const DeviceGroup& group, const HtDispatchArgs& args, int32_t* scratch,
-                  cudaStream_t stream) {
-  if (args.sizes.num_tokens == 0) return;
-  allow_shared_memory(count_kernel, mask_bytes(group));
-  count_kernel<<<num_blocks(args), kNumThreads, mask_bytes(group), stream>>>(group, args, scratch);
-  EP_CHECK_CUDA(cudaGetLastError());
+int64_t num_chunks(int64_t num_tokens) {
+  return std::max(int64_t{1}, ceil_div(num_tokens, int64_t{kChunkTokens}));
 }
 
 void launch_notify(const DeviceGroup& group, const HtDispatchArgs& args, const PostArgs& post,
                    int32_t* scratch, CallRecord* record, cudaStream_t stream) {
-  const size_t num_bytes = size_t{2 * sizeof(int32_t)} * (group.num_ranks + group.num_experts);
-  allow_shared_memory(notify_kernel, num_bytes);
-  notify_kernel<<<1, kNotifyThreads, num_bytes, stream>>>(
-      group, args, post, scratch, num_chunks(args.sizes.num_tokens), record);
+  static_assert(kMaskWords >= 2, "the sums of columns take the place of the masks");
+  allow_shared_memory(notify_kernel, mask_bytes(group));
+  notify_kernel<<<num_blocks(args), kNumThreads, mask_bytes(group), stream>>>(group, args, post,
+                                                                              scratch, record);
   EP_CHECK_CUDA(cudaGetLastError());
 }
 
