@@ -101,20 +101,24 @@ is_importable() {
     "$1" 2>/dev/null
 }
 
-# conformance NAME SECONDS GPUS [PREFIX...] -- [PYTEST_OPTIONS...]: the suite on that many GPUs.
-# Rank r is on GPU r mod GPUS; its tests have 1 to 8 ranks, most of them 2 to 4.
+# conformance NAME GPUS TESTS [PREFIX...]: those tests (as of pytest -k) on that many GPUs.
+# Rank r is on GPU r mod GPUS.
 conformance() {
-  local name=$1 limit=$2 gpus=${CUDA_VISIBLE_DEVICES:-$(seq -s , 0 $((num_gpus - 1)))} prefix=()
-  gpus=$(cut -d , -f "1-$3" <<<"$gpus")
+  local name=$1 gpus=${CUDA_VISIBLE_DEVICES:-$(seq -s , 0 $((num_gpus - 1)))} chosen=$3
+  gpus=$(cut -d , -f "1-$2" <<<"$gpus")
   shift 3
-  while [ "$1" != -- ]; do
-    prefix+=("$1")
-    shift
-  done
-  shift
-  CUDA_VISIBLE_DEVICES=$gpus step "$name" "$limit" "${prefix[@]}" \
-    python -m pytest -q -p no:cacheprovider --maxfail=5 --backend cuda \
-    tests/test_conformance.py "$@"
+  CUDA_VISIBLE_DEVICES=$gpus step "$name" 150 "$@" \
+    python -m pytest -q -p no:cacheprovider --maxfail=5 --backend cuda -k "$chosen" \
+    tests/test_conformance.py
+}
+
+# The tests that have no more ranks than there are GPUs.
+tests_of_one_rank_per_gpu() {
+  local text=cuda
+  if [ "$num_gpus" -lt 8 ]; then text+=" and not many_ranks"; fi
+  if [ "$num_gpus" -lt 4 ]; then text+=" and not R4"; fi
+  if [ "$num_gpus" -lt 3 ]; then text+=" and not R3 and not live_anywhere"; fi
+  echo "$text"
 }
 
 # bench NAME SECONDS OPTIONS...: the benchmark of high-throughput calls.
@@ -188,9 +192,9 @@ fi
 
 if [ "$tests" = yes ]; then
   if [ "$num_gpus" -gt 1 ]; then
-    conformance conformance 120 "$num_gpus" --
+    conformance conformance "$num_gpus" "$(tests_of_one_rank_per_gpu)"
   else
-    conformance conformance 150 1 scripts/with_mps.sh --
+    conformance conformance 1 cuda scripts/with_mps.sh
   fi
 fi
 
@@ -204,7 +208,7 @@ if [ "$tests" = yes ] && [ "$num_gpus" -gt 1 ]; then
   # Two ranks on each GPU: a small round on all of them, checked to the byte; the suite on two.
   step two_per_gpu 60 scripts/with_mps.sh python -m ep_kernels.bench --device cuda \
     --ranks $((2 * num_gpus)) --tokens 64 --iterations 3 --contenders ep_kernels --timeout 50
-  conformance conformance_two_per_gpu 120 2 scripts/with_mps.sh -- -k "R3 or R4 or R6"
+  conformance conformance_two_per_gpu 2 "cuda and (R3 or R4)" scripts/with_mps.sh
 fi
 
 echo "[bench_node] results: $folder, after $SECONDS s"

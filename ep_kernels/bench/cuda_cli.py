@@ -40,7 +40,7 @@ def problem_of(options: argparse.Namespace, num_gpus: int) -> str:
 def why_no_mps(environment: dict[str, str]) -> str:
     """Why ranks that share a GPU will take turns, or ""."""
     folder = environment.get("CUDA_MPS_PIPE_DIRECTORY") or DEFAULT_MPS_FOLDER
-    if (Path(folder) / "control").exists():
+    if any(Path(folder).glob("*control*")):  # its pipe, its lock, its process id
         return ""
     variable = "set" if "CUDA_MPS_PIPE_DIRECTORY" in environment else "not set"
     return f"no MPS daemon in {folder} (CUDA_MPS_PIPE_DIRECTORY is {variable})"

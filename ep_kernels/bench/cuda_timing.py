@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 from ep_kernels.bench.timing import Stats, start_together, summarise
 
-SLEEP_CYCLES = 2_000_000
-"""About a millisecond: longer than the host takes to enqueue a call."""
+SLEEP_CYCLES = 4_000_000
+"""About two milliseconds: longer than the host takes to enqueue a call."""
 
 MIN_SCRAP_BYTES = 128 << 20
 
