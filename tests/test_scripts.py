@@ -9,6 +9,7 @@ from ep_kernels import _native, doctor
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [
+    "scripts/bench_node.sh",
     "scripts/quickstart.sh",
     "scripts/test.sh",
     "scripts/lint.sh",
