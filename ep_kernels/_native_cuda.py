@@ -46,7 +46,12 @@ class CudaConfig(Structure):
 
 
 class CallOrder(Structure):
-    _fields_ = [("caller", c_void_p), ("previous", c_void_p), ("is_async", c_int32)]
+    _fields_ = [
+        ("caller", c_void_p),
+        ("previous", c_void_p),
+        ("is_async", c_int32),
+        ("follows_caller", c_int32),
+    ]
 
 
 class ReceivedRows(Structure):

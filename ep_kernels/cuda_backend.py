@@ -341,15 +341,18 @@ class CudaBackend:
         return torch._C._cuda_getCurrentRawStream(self.device.index)
 
     def _order(self, options: CallOptions | None) -> CallOrder:
-        order = CallOrder(caller=self._current_stream())
+        order = CallOrder(caller=self._current_stream(), follows_caller=1)
         if options is None:
             return order
         order.is_async = options.async_op
         previous = options.previous_event
-        operation = None if previous is None else previous.operation
+        if previous is None:
+            return order
+        order.follows_caller = 0
+        operation = previous.operation
         if isinstance(operation, CudaOperation) and not operation.is_finished():
             order.previous = operation.backend.end_event(operation.number)
-        elif previous is not None:
+        else:
             previous.wait()
         return order
 

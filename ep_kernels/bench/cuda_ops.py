@@ -68,7 +68,7 @@ def as_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def pool_bytes(workload: Workload, counts: RowCounts) -> int:
     """Memory for the results that are alive at once."""
     max_rows = max(counts.max_recv_rows(layout) for layout in counts.rows)
-    return (3 * max_rows + 2 * workload.num_tokens) * workload.row_bytes + (256 << 20)
+    return (5 * max_rows + 2 * workload.num_tokens) * workload.row_bytes + (256 << 20)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,8 +28,8 @@ namespace {
 cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
 
 ep::cuda::CallOrder as_order(const EpCallOrder* order) {
-  return {as_stream(order->caller), static_cast<cudaEvent_t>(order->previous),
-          order->is_async != 0};
+  return {as_stream(order->caller), static_cast<cudaEvent_t>(order->previous), order->is_async != 0,
+          order->follows_caller != 0};
 }
 
 /// Makes the caller the owner of a block.

@@ -20,8 +20,9 @@ struct EpCudaConfig {
 
 struct EpCallOrder {
   void* caller;    // cudaStream_t
-  void* previous;  // cudaEvent_t to wait for instead of `caller`, or null
+  void* previous;  // cudaEvent_t to wait for, or null
   int32_t is_async;
+  int32_t follows_caller;  // waits for what `caller` has been given
 };
 
 /// Memory for one of the results of a dispatch.

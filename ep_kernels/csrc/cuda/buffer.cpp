@@ -106,7 +106,10 @@ Buffer::Buffer(const Config& config) : config_(config) {
     records_[i].status = static_cast<int32_t>(CallStatus::kOk);
   }
 
-  EP_CHECK_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  int lowest_priority = 0, highest_priority = 0;
+  EP_CHECK_CUDA(cudaDeviceGetStreamPriorityRange(&lowest_priority, &highest_priority));
+  // Few blocks that peers wait for go before the many of a GEMM.
+  EP_CHECK_CUDA(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, highest_priority));
   EP_CHECK_CUDA(cudaEventCreateWithFlags(&begin_event_, cudaEventDisableTiming));
   end_events_.resize(kNumRecords);
   for (cudaEvent_t& event : end_events_)
@@ -189,18 +192,18 @@ int64_t Buffer::begin_call(const CallOrder& order) {
   const bool is_captured = capture != cudaStreamCaptureStatusNone;
   // NOTE: a call that its caller waits for anyway runs on the caller's stream: each of the two hops
   // between streams would cost as much as a launch.
-  const cudaStream_t stream = order.is_async || order.previous ? stream_ : order.caller;
+  const cudaStream_t stream = order.is_async || !order.follows_caller ? stream_ : order.caller;
   if (num_calls_ > 0 && last_.stream != stream && last_.is_captured == is_captured)
     EP_CHECK_CUDA(cudaStreamWaitEvent(stream, end_event(num_calls_ - 1), 0));
-  if (order.previous) {
-    EP_CHECK_CUDA(cudaStreamWaitEvent(stream, order.previous, 0));
-  } else if (stream != order.caller) {
+  if (order.previous) EP_CHECK_CUDA(cudaStreamWaitEvent(stream, order.previous, 0));
+  if (order.follows_caller && stream != order.caller) {
     EP_CHECK_CUDA(cudaEventRecord(begin_event_, order.caller));
     EP_CHECK_CUDA(cudaStreamWaitEvent(stream, begin_event_, 0));
   }
   for (auto& [freeing, freed] : freed_) {
     // What was freed before a capture began is not in use any more when its graph runs.
-    if (!freed.is_pending || is_captured || (freeing == order.caller && !order.previous)) continue;
+    if (!freed.is_pending || is_captured || (freeing == order.caller && order.follows_caller))
+      continue;
     EP_CHECK_CUDA(cudaStreamWaitEvent(stream, freed.event, 0));
     freed.is_pending = false;
   }

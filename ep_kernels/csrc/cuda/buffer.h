@@ -60,14 +60,15 @@ struct Received {
 /// How a call is ordered with the work of its caller.
 struct CallOrder {
   cudaStream_t caller;
-  cudaEvent_t previous;  ///< the call waits for it instead of for the caller's stream, if not null
+  cudaEvent_t previous;  ///< the call waits for it, if not null
   bool is_async;         ///< the caller's stream does not wait for the call
+  bool follows_caller;   ///< the call waits for what the caller's stream has been given
 };
 
 /// Symmetric memory of one rank on a GPU, and the calls over it. Calls enqueue and return; only
-/// dispatch_fresh(), wait() and destroy() wait for the device. A call runs on the communication
-/// stream if it is asynchronous or comes after another event than its caller's work, else on its
-/// caller's stream; either way after the calls before it.
+/// dispatch_fresh(), wait() and destroy() wait for the device. A call runs on its caller's stream
+/// if each is to wait for the other anyway, else on the communication stream; either way after the
+/// calls before it.
 class Buffer {
  public:
   struct Config {

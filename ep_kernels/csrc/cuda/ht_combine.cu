@@ -9,9 +9,11 @@
 #include "core/math.h"
 #include "core/types.h"
 #include "cuda/check_cuda.h"
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/elements.cuh"
 #include "cuda/device/work.cuh"
 #include "cuda/kernels.h"
+#include "cuda/launch.h"
 #include "cuda/protocol.cuh"
 
 namespace ep::cuda {
@@ -185,6 +187,7 @@ template <typename Element>
 __global__ void __launch_bounds__(kNumThreads, 1)
     reduce_kernel(const __grid_constant__ DeviceGroup group,
                   const __grid_constant__ HtCombineArgs args, CallRecord* record) {
+  wait_for_kernel_before();
   if (is_running(group)) {
     if (blockIdx.x == 0 && threadIdx.x == 0) stamp(record, kStampMoving);
     reduce_tokens<Element>(group, args);
@@ -202,9 +205,8 @@ void launch(const DeviceGroup& group, const HtCombineArgs& args, CallRecord* rec
   EP_CHECK_CUDA(cudaFuncSetAttribute(reduce_kernel<Element>,
                                      cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   const int num_blocks = args.sizes.num_tokens > 0 ? args.sizes.num_threads : 1;
-  reduce_kernel<Element>
-      <<<num_blocks, num_warps * kWarpSize, shared_bytes, stream>>>(group, args, record);
-  EP_CHECK_CUDA(cudaGetLastError());
+  const LaunchShape shape{num_blocks, num_warps * kWarpSize, shared_bytes};
+  launch_early(reduce_kernel<Element>, shape, stream, group, args, record);
 }
 
 }  // namespace

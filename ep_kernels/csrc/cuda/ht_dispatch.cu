@@ -11,9 +11,11 @@
 #include "core/types.h"
 #include "cuda/check_cuda.h"
 #include "cuda/device/bulk_copy.cuh"
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/elements.cuh"
 #include "cuda/device/work.cuh"
 #include "cuda/kernels.h"
+#include "cuda/launch.h"
 #include "cuda/protocol.cuh"
 
 namespace ep::cuda {
@@ -298,6 +300,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     send_kernel(const __grid_constant__ DeviceGroup group,
                 const __grid_constant__ HtDispatchArgs args, const __grid_constant__ Pieces pieces,
                 CallRecord* record) {
+  wait_for_kernel_before();
   if (is_running(group)) {
     if (blockIdx.x == 0 && threadIdx.x == 0) stamp(record, kStampMoving);
     send_rows(group, args, pieces);
@@ -322,9 +325,8 @@ void launch_send(const DeviceGroup& group, const HtDispatchArgs& args, CallRecor
   const int shared_bytes = num_warps * stages_bytes;
   EP_CHECK_CUDA(
       cudaFuncSetAttribute(send_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  send_kernel<<<args.sizes.num_threads, num_warps * kWarpSize, shared_bytes, stream>>>(
-      group, args, pieces, record);
-  EP_CHECK_CUDA(cudaGetLastError());
+  const LaunchShape shape{args.sizes.num_threads, num_warps * kWarpSize, shared_bytes};
+  launch_early(send_kernel, shape, stream, group, args, pieces, record);
 }
 
 }  // namespace ep::cuda

@@ -158,12 +158,8 @@ __device__ int32_t* scan_chunks(const DeviceGroup& group, int32_t* scratch, int6
   return totals;
 }
 
-/// A rank that found a bad choice refuses the call, and says which.
-__device__ PostArgs refuse_bad_choice(const DeviceGroup& group, const HtDispatchArgs& args,
-                                      const PostArgs& post) {
-  const int64_t code = group.state->bad_choice[0];
-  if (code == kNoBadChoice) return post;
-  PostArgs refusal{};
+/// What a rank that found a bad choice posts instead: it refuses the call, and says which.
+__device__ void fill_refusal(const HtDispatchArgs& args, int64_t code, PostArgs& refusal) {
   const int64_t index = code / 2;
   const CallStatus kind = code % 2 ? CallStatus::kTwice : CallStatus::kBadExpert;
   refusal.fields[kFieldOp] = static_cast<int64_t>(Op::kRefused);
@@ -171,7 +167,7 @@ __device__ PostArgs refuse_bad_choice(const DeviceGroup& group, const HtDispatch
   refusal.fields[kFieldLayout + 1] = index / args.sizes.num_topk;
   refusal.fields[kFieldLayout + 2] = index % args.sizes.num_topk;
   refusal.fields[kFieldLayout + 3] = args.routing.topk_idx[index];
-  return refusal;
+  refusal.has_text = 0;
 }
 
 /// Sums over ranks of every column of the count matrix, in shared memory.
@@ -311,9 +307,16 @@ __device__ void publish_sizes(const HtDispatchArgs& args, int num_local_experts,
 /// All threads: this rank's counts go out, everybody's come in. False: the call has ended.
 __device__ bool exchange(const DeviceGroup& group, const HtDispatchArgs& args, const PostArgs& post,
                          const int32_t* own_counts, CallRecord* record) {
+  __shared__ PostArgs refusal;
   const uint64_t seq = group.state->num_calls;
+  const int64_t bad_choice = group.state->bad_choice[0];
+  if (bad_choice != kNoBadChoice && threadIdx.x == 0) fill_refusal(args, bad_choice, refusal);
   wait_slot(group, record, seq);
-  send_post(group, seq, refuse_bad_choice(group, args, post), own_counts);
+  __syncthreads();
+  if (bad_choice == kNoBadChoice)
+    send_post(group, seq, post, own_counts);
+  else
+    send_post(group, seq, refusal, own_counts);
   wait_posts(group, record, seq);
   check_agreement(group, record, seq);
   if (threadIdx.x == 0) stamp(record, kStampAgreed);

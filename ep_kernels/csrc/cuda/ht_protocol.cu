@@ -5,6 +5,7 @@
 //   finish   of calls that move no rows at all                            finish_kernel
 
 #include "cuda/check_cuda.h"
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/kernels.h"
 #include "cuda/protocol.cuh"
 
@@ -24,6 +25,7 @@ __global__ void __launch_bounds__(kNumThreads)
   wait_posts(group, record, seq);
   check_agreement(group, record, seq);
   if (threadIdx.x == 0) stamp(record, kStampAgreed);
+  let_next_kernel_launch();
 }
 
 __global__ void __launch_bounds__(kNumThreads)
@@ -45,6 +47,7 @@ __global__ void __launch_bounds__(kNumThreads)
     group.state->offers[peer] = word<OfferSlot>(group, group.rank, layout.offers)[slot].offer;
   }
   __syncthreads();
+  let_next_kernel_launch();
   if (threadIdx.x != 0) return;
   stamp(record, kStampOffered);
   for (int peer = 0; peer < group.num_ranks; ++peer)
