@@ -136,7 +136,7 @@ bench() {
   [ "$has_te" = no ] || te=(--te)
   # shellcheck disable=SC2046,SC2086  # words
   run "bench$count" $(ranks "$count" megatron_ep.bench) --device cuda "${te[@]}" \
-    --hidden 4096 --ffn-hidden 512 --experts 64 --topk 8 --tokens 2048 \
+    --hidden 4096 --ffn-hidden 256 --experts 64 --topk 8 --tokens 2048 \
     --dispatchers alltoall allgather deepep deepep/2 deepep/4 deepep/8 \
     --trace "$output/bench$count.json" ${BENCH_FLAGS:-}
 }

@@ -97,10 +97,12 @@ ROUTERS = {
 @pytest.mark.over_devices
 @over_some_grids
 @pytest.mark.parametrize("router", ROUTERS)
-def test_every_router_is_served(ranks, num_ranks, grid, router):
+def test_every_router_is_served(ranks, device, num_ranks, grid, router):
     # With expert tensor parallelism alltoall adds partial outputs in the dtype of probs.
     atol = 1e-4 if router == "fp32" and grid.etp > 1 else 1e-12
-    check(ranks, grid, [Case(num_experts=8, options=ROUTERS[router])], atol=atol)
+    # On GPUs the router's GEMM may be Transformer Engine's, which cannot convert from fp64.
+    dtype = torch.float32 if (device, router) == ("cuda", "fp32") else torch.float64
+    check(ranks, grid, [Case(num_experts=8, dtype=dtype, options=ROUTERS[router])], atol=atol)
 
 
 @pytest.mark.over_devices
