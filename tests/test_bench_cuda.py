@@ -202,10 +202,11 @@ class HostClock:
     def settle(self):
         pass
 
-    def time_events(self, op):
-        return self.time_host(op)
+    def time_events(self, op, align):
+        return self.time_host(op, align)
 
-    def time_host(self, op):
+    def time_host(self, op, align):
+        align()
         begin = time.perf_counter()
         op()
         return time.perf_counter() - begin

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ep_kernels import reference
 from ep_kernels.bench.cuda_floors import RowCounts
@@ -69,6 +70,14 @@ def pool_bytes(workload: Workload, counts: RowCounts) -> int:
     """Memory for the results that are alive at once."""
     max_rows = max(counts.max_recv_rows(layout) for layout in counts.rows)
     return (5 * max_rows + 2 * workload.num_tokens) * workload.row_bytes + (256 << 20)
+
+
+def device_barrier(buffer: Buffer, num_experts: int) -> Callable[[], object]:
+    """Something to enqueue on every rank that ends on all devices at once: a dispatch of a row."""
+    x = torch.zeros((1, 64), dtype=torch.bfloat16, device=buffer.device)
+    topk_idx = torch.full((1, 1), dist.get_rank() % num_experts, device=buffer.device)
+    handle = buffer.dispatch(x, topk_idx).handle
+    return lambda: buffer.dispatch(x, handle=handle)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,8 @@ Before every call, outside of what is timed, each rank overwrites its L2 cache, 
 and for all ranks, and starts at a moment that they have agreed on. Two clocks:
 
     events   CUDA events around the call. The stream sleeps first, so that the call is enqueued
-             before it may start: the device's time, without the launches
+             before it may start, and goes through a barrier of the devices: their time, without the
+             launches and without the differences between the ranks' hosts
     host     from before the call until the device is idle: what a program that waits sees
 """
 
@@ -34,11 +35,11 @@ class Clock(Protocol):
     def settle(self) -> None:
         """Empties caches, and returns once the device is idle."""
 
-    def time_events(self, op: Operation) -> float:
-        """Seconds that the device spends on `op`."""
+    def time_events(self, op: Operation, align: Operation) -> float:
+        """Seconds that the device spends on `op`, after `align`, a barrier on the devices."""
 
-    def time_host(self, op: Operation) -> float:
-        """Seconds until the device has finished `op`."""
+    def time_host(self, op: Operation, align: Operation) -> float:
+        """Seconds until the device has finished `op`, on a host that has just done `align`."""
 
 
 class CudaClock:
@@ -53,9 +54,10 @@ class CudaClock:
         self._scrap.zero_()
         torch.cuda.synchronize()
 
-    def time_events(self, op: Operation) -> float:
+    def time_events(self, op: Operation, align: Operation) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(SLEEP_CYCLES)
+        align()
         begin.record()
         result = op()
         end.record()
@@ -63,7 +65,9 @@ class CudaClock:
         del result  # not earlier: freeing it is no part of the operation
         return begin.elapsed_time(end) * 1e-3
 
-    def time_host(self, op: Operation) -> float:
+    def time_host(self, op: Operation, align: Operation) -> float:
+        align()  # wakes host and device, as the call before does in a program
+        torch.cuda.synchronize()
         begin = time.perf_counter_ns()
         result = op()
         torch.cuda.synchronize()
@@ -87,11 +91,13 @@ class Stopwatch:
     Attributes:
         clock: of this rank's device.
         barrier: returns when every rank has called it and its device is idle.
+        align: enqueues a barrier of the ranks' devices.
         num_iterations, num_warmup: calls by either clock, timed and not.
     """
 
     clock: Clock
     barrier: Callable[[], None]
+    align: Operation
     num_iterations: int
     num_warmup: int
 
@@ -99,11 +105,14 @@ class Stopwatch:
         """Collective; every rank gets the same answer."""
         durations: dict[str, list[float]] = {"events": [], "host": []}
         for iteration in range(-self.num_warmup, self.num_iterations):
-            for name, take in (("events", self.clock.time_events), ("host", self.clock.time_host)):
+            for name in durations:
                 self.clock.settle()
                 self.barrier()
                 start_together()
-                seconds = take(op)
+                if name == "events":
+                    seconds = self.clock.time_events(op, self.align)
+                else:
+                    seconds = self.clock.time_host(op, self.align)
                 if iteration >= 0:
                     durations[name].append(seconds)
         gathered: list[Any] = [None] * dist.get_world_size()

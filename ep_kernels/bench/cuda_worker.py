@@ -23,7 +23,7 @@ import torch.distributed as dist
 from ep_kernels.bench.cuda_baseline import nccl_ops, why_no_nccl
 from ep_kernels.bench.cuda_copies import link_rate, memory_rate
 from ep_kernels.bench.cuda_floors import Rates, count_rows
-from ep_kernels.bench.cuda_ops import BufferCalls, check, pool_bytes
+from ep_kernels.bench.cuda_ops import BufferCalls, check, device_barrier, pool_bytes
 from ep_kernels.bench.cuda_report import Report
 from ep_kernels.bench.cuda_timing import Clock, CudaClock, Stopwatch
 from ep_kernels.bench.workload import Inputs, Workload, make_inputs
@@ -137,6 +137,7 @@ def measure(job: CudaJob, rank: int, gpu: Gpu) -> None:
         stopwatch = Stopwatch(
             clock=gpu.clock,
             barrier=buffer.barrier,
+            align=device_barrier(buffer, workload.num_experts),
             num_iterations=job.num_iterations,
             num_warmup=job.num_warmup,
         )

@@ -25,7 +25,7 @@ constexpr int kWarpSize = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kNumStages = 2;
 constexpr int kMaxWarps = 16;
-constexpr int kMaxPieceBytes = 8 << 10;
+constexpr int kMaxPieceBytes = 4 << 10;
 constexpr int kSharedBytes = 208 << 10;  // leaves room for the barriers
 
 /// How rows are cut into pieces that fit a stage of shared memory.
