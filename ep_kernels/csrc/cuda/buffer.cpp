@@ -433,6 +433,9 @@ void Buffer::throw_error(const CallRecord& record) {
     case CallStatus::kBadExpert:
     case CallStatus::kTwice:
       throw DisagreementError(who + bad_choice(record, num_experts()));
+    case CallStatus::kTooManyRows:
+      throw DisagreementError(concat("rank ", record.rank, " would receive ", record.detail[0],
+                                     " rows; 2^31 is the limit"));
     case CallStatus::kNoMemory:
       throw DeviceError(concat("rank ", record.rank, " has no memory for its rows"));
     case CallStatus::kTimeout: {
