@@ -172,7 +172,9 @@ class Buffer(LowLatencyCalls):
             topk_idx: [T, K] int64, global expert index; -1 chooses none.
 
         Raises:
-            EPConfigError: shape or dtype, an expert out of range or chosen twice by a token.
+            EPConfigError: shape or dtype, an expert out of range or chosen twice by a token. On a
+                GPU, experts are not checked here, where it would cost a synchronisation, but by
+                dispatch(); those out of range count as none.
         """
         return self._usable().get_dispatch_layout(topk_idx)
 

@@ -212,14 +212,17 @@ class CudaBackend:
             number, _ = self._pending.pop(0)
             try:
                 _native.call(self._library.ep_cuda_check, self._buffer, number)
-            except EPConfigError as error:
+            except (EPConfigError, EPDeviceError) as error:
                 self.refuse(f"an earlier call failed: {error}")
                 raise
 
     def count_rows(self, topk_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Counts as of the CPU backend; the caller's stream is used. Indices are not checked."""
+        """Counts as of the CPU backend, on the caller's stream. Bad indices count as none: to
+        report them, the host would have to wait; dispatch() does it.
+        """
         num_tokens, num_experts = topk_idx.shape[0], self._expert_to_rank.numel()
-        columns = torch.where(topk_idx < 0, num_experts, topk_idx)
+        is_good = (topk_idx >= 0) & (topk_idx < num_experts)
+        columns = torch.where(is_good, topk_idx, num_experts)
         is_chosen = torch.zeros(
             (num_tokens, num_experts + 1), dtype=torch.bool, device=self.device
         ).scatter_(1, columns, True)[:, :num_experts]

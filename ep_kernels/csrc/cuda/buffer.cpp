@@ -437,19 +437,36 @@ void Buffer::throw_error(const CallRecord& record) {
       throw DisagreementError(concat("rank ", record.rank, " would receive ", record.detail[0],
                                      " rows; 2^31 is the limit"));
     case CallStatus::kNoMemory:
-      throw DeviceError(concat("rank ", record.rank, " has no memory for its rows"));
+      throw DeviceError(
+          concat("rank ", record.rank, " has no memory for its rows: its pool is full"));
     case CallStatus::kTimeout: {
       const TimeoutRecord& timeout = record.timeout;
-      const std::string message = concat(
-          "rank ", timeout.rank, " waited up to ", static_cast<double>(config_.timeout_us) * 1e-6,
-          " s for rank ", timeout.peer, " ", phase_name(static_cast<Phase>(timeout.phase)),
-          ": expected ", timeout.expected, ", seen ", timeout.seen);
+      const std::string message =
+          concat(peer_problem(timeout.peer), "rank ", timeout.rank, " waited up to ",
+                 static_cast<double>(config_.timeout_us) * 1e-6, " s for rank ", timeout.peer, " ",
+                 phase_name(static_cast<Phase>(timeout.phase)), ": expected ", timeout.expected,
+                 ", seen ", timeout.seen);
       failure_ = message;
       throw TimeoutError(message, timeout);
     }
     default:
       throw DeviceError("this buffer failed and cannot be used any more: " + failure_);
   }
+}
+
+/// What peers have said that explains why a wait for `culprit` ended, or nothing.
+std::string Buffer::peer_problem(int culprit) const {
+  std::vector<PeerLine> lines(config_.num_ranks);
+  EP_CHECK_CUDA(cudaMemcpy(lines.data(), pool_->segment + group_.layout().peer_lines,
+                           lines.size() * sizeof(PeerLine), cudaMemcpyDeviceToHost));
+  if (lines[culprit].departed) return concat("rank ", culprit, " has destroyed its buffer; ");
+  for (int peer = 0; peer < config_.num_ranks; ++peer) {
+    const PeerLine& line = lines[peer];
+    if (peer != config_.rank && line.failed && line.culprit == culprit)
+      return concat("rank ", peer, " gave up on rank ", culprit, ", which it had asked ",
+                    phase_name(static_cast<Phase>(line.culprit_phase)), "; ");
+  }
+  return "";
 }
 
 }  // namespace ep::cuda

@@ -150,6 +150,7 @@ class Buffer {
   CallRecord* record_of(int64_t call) const { return records_ + call % kNumRecords; }
   PostArgs make_post(Op op, const HtSizes& sizes) const;
   void throw_error(const CallRecord& record);
+  std::string peer_problem(int culprit) const;
 
   Config config_;
   int64_t control_bytes_;
