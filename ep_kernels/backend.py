@@ -47,6 +47,9 @@ class Backend(Protocol):
     def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> Reservation:
         """Memory of this rank's pool for a tensor. Raises EPDeviceError if the pool is full."""
 
+    def empty_words(self, num_words: int, *, options: CallOptions) -> torch.Tensor:
+        """[num_words] int64 for a routing: uninitialised, and used by nobody before this call."""
+
     def pool_offset(self, tensor: torch.Tensor) -> int | None:
         """Offset of a contiguous tensor in the pool, None if it lies elsewhere."""
 

@@ -164,6 +164,10 @@ class CpuBackend:
             tensor=lambda: _tensor(address, shape, dtype, keep=block),
         )
 
+    def empty_words(self, num_words: int, *, options: CallOptions) -> torch.Tensor:
+        """Ordinary memory."""
+        return torch.empty(num_words, dtype=torch.int64)
+
     def view(
         self, offset: int, shape: tuple[int, ...], dtype: torch.dtype, *, keep: Any
     ) -> torch.Tensor:

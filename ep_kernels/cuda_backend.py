@@ -188,6 +188,14 @@ class CudaBackend:
             tensor=lambda: torch.as_tensor(memory, device=self.device).view(dtype).view(shape),
         )
 
+    def empty_words(self, num_words: int, *, options: CallOptions) -> torch.Tensor:
+        """What torch hands out may be in use by the caller's stream, for which a call with
+        `previous_event` does not wait; what was freed in the pool, calls do wait for.
+        """
+        if options.previous_event is None:
+            return torch.empty(num_words, dtype=torch.int64, device=self.device)
+        return self.reserve((num_words,), torch.int64).tensor()
+
     def pool_offset(self, tensor: torch.Tensor) -> int | None:
         """Offset of a contiguous tensor in the pool, None if it lies elsewhere."""
         offset = tensor.data_ptr() - self._pool_base
@@ -351,12 +359,16 @@ class CudaBackend:
         previous = options.previous_event
         if previous is None:
             return order
-        order.follows_caller = 0
         operation = previous.operation
-        if isinstance(operation, CudaOperation) and not operation.is_finished():
-            order.previous = operation.backend.end_event(operation.number)
-        else:
+        if not isinstance(operation, CudaOperation):
             previous.wait()
+        elif not operation.is_finished():
+            order.previous = operation.backend.end_event(operation.number)
+            order.follows_caller = 0
+            return order
+        # NOTE: an error of the finished call is not for here: this rank alone would not make the
+        # call. A capture reaches the call's stream through the caller's only.
+        order.follows_caller = int(torch.cuda.is_current_stream_capturing())
         return order
 
     def _start(self, function: Any, args: Any, options: CallOptions) -> int:
