@@ -10,17 +10,17 @@ import torch
 def on_host(value):
     """A tensor, None, or a result with its tensors on the CPU."""
     if not is_dataclass(value):
-        return _move(value, "cpu")
-    moved = {field.name: _move(getattr(value, field.name), "cpu") for field in fields(value)}
+        return move(value, "cpu")
+    moved = {field.name: move(getattr(value, field.name), "cpu") for field in fields(value)}
     return replace(value, **moved)
 
 
-def _move(value, device):
-    """NOTE: not what lies inside handles: they are the buffer's."""
+def move(value, device):
+    """Tensors, also in sequences; what lies inside handles is the buffer's."""
     if isinstance(value, torch.Tensor) and not value.is_meta:  # those are wrong on purpose
         return value.to(device)
     if isinstance(value, (tuple, list)):
-        return type(value)(_move(one, device) for one in value)
+        return type(value)(move(one, device) for one in value)
     return value
 
 
@@ -45,7 +45,7 @@ class HostView:
         self.unwrapped.destroy()
 
     def get_dispatch_layout(self, topk_idx):
-        return on_host(self.unwrapped.get_dispatch_layout(_move(topk_idx, self.device)))
+        return on_host(self.unwrapped.get_dispatch_layout(move(topk_idx, self.device)))
 
     def dispatch(self, x, topk_idx=None, topk_weights=None, **options):
         return self._call(self.unwrapped.dispatch, (x, topk_idx, topk_weights), options)
@@ -55,8 +55,8 @@ class HostView:
 
     def _call(self, method, arguments, options):
         device = self.device
-        options = {name: _move(value, device) for name, value in options.items()}
-        result = method(*(_move(one, device) for one in arguments), **options)
+        options = {name: move(value, device) for name, value in options.items()}
+        result = method(*(move(one, device) for one in arguments), **options)
         if self._keeps_results:
             return result
         result.event.wait()

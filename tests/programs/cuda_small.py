@@ -1,5 +1,5 @@
-"""A little of everything on a GPU, for a sanitizer to watch: layouts, dtypes, capacity, padding, biases
-and weights, fresh and cached calls. It starts its ranks itself, as new processes.
+"""A little of everything on a GPU, for a sanitizer to watch: layouts, dtypes, capacity, padding,
+biases and weights, fresh and cached calls. It starts its ranks itself, as new processes.
 
 Usage: cuda_small.py NUM_RANKS
 """
