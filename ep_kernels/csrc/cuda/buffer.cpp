@@ -210,7 +210,8 @@ int64_t Buffer::begin_call(const CallOrder& order) {
   last_ = {stream, is_captured};
   record.has_sizes = 0;
   std::fill_n(record.stamps, kNumStamps, uint64_t{0});
-  __atomic_store_n(&record.status, static_cast<int32_t>(CallStatus::kRunning), __ATOMIC_RELEASE);
+  if (!is_captured)  // it runs when its graph does, if ever
+    __atomic_store_n(&record.status, static_cast<int32_t>(CallStatus::kRunning), __ATOMIC_RELEASE);
   return num_calls_++;
 }
 
