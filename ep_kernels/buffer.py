@@ -278,7 +278,7 @@ class Buffer(LowLatencyCalls):
         """
         for size in shape:
             check_int("shape", size, low=0)
-        return self._usable_backend().reserve(shape, dtype).tensor()
+        return self._usable_backend().empty(shape, dtype)
 
     def restore_handle(self, words: torch.Tensor, call: torch.Tensor) -> DispatchHandle:
         """The handle of a dispatch of this buffer from what DispatchHandle.to_tensors() gave.

@@ -164,6 +164,10 @@ class CpuBackend:
             tensor=lambda: _tensor(address, shape, dtype, keep=block),
         )
 
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor in this rank's pool."""
+        return self.reserve(shape, dtype).tensor()
+
     def empty_words(self, num_words: int, *, options: CallOptions) -> torch.Tensor:
         """Ordinary memory."""
         return torch.empty(num_words, dtype=torch.int64)

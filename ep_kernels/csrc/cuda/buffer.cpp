@@ -251,6 +251,16 @@ void Buffer::note_free(cudaStream_t stream) {
   freed.is_pending = true;
 }
 
+void Buffer::wait_for_freed(cudaStream_t stream) {
+  if (is_destroyed_) return;
+  DeviceGuard guard(config_.device);
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  EP_CHECK_CUDA(cudaStreamIsCapturing(stream, &capture));
+  if (capture != cudaStreamCaptureStatusNone) return;
+  for (const auto& [freeing, freed] : freed_)
+    if (freeing != stream) EP_CHECK_CUDA(cudaStreamWaitEvent(stream, freed.event, 0));
+}
+
 int32_t* Buffer::scratch(int64_t num_tokens) {
   const int64_t needed = (num_chunks(num_tokens) + 1) * (config_.num_ranks + num_experts());
   if (needed > scratch_elements_) {
