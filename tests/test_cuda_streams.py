@@ -162,18 +162,24 @@ def test_inputs_may_be_freed_as_soon_as_a_call_returns(ranks, layout):
 
 
 def on_rank_freed_results(rank, case):
-    """A stream still reads results that the host has freed; the next call takes their memory."""
-    with make_buffer(case, pool_bytes=2 << 20) as buffer:  # a few results
+    """A stream still reads results that the host has freed; the next call, or a tensor of empty(),
+    takes their memory.
+    """
+    with make_buffer(case, pool_bytes=4 << 20) as buffer:
         batches = [Batch(case, rank, buffer.device, seed=i) for i in range(3)]
         side, seen = torch.cuda.Stream(), []
         for i in range(12):
             batch = batches[i % len(batches)]
             result = batch.dispatch(buffer, async_op=i % 2 == 0)
+            event = result.event
             with torch.cuda.stream(side):
-                result.event.current_stream_wait()
+                event.current_stream_wait()
                 pause(0.02)
                 seen.append((batch, result.recv_x.clone()))
                 del result
+            event.wait()  # the call is over, and keeps nothing
+            if i % 3 == 0:
+                buffer.empty(90, case.hidden, dtype=torch.bfloat16).fill_(-1)
         torch.cuda.synchronize()
         for batch, recv_x in seen:
             num_rows = batch.world.rows[rank].num_rows
