@@ -47,6 +47,12 @@ class Backend(Protocol):
     def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> Reservation:
         """Memory of this rank's pool for a tensor. Raises EPDeviceError if the pool is full."""
 
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor in this rank's pool, for the caller to write to."""
+
+    def empty_words(self, num_words: int, *, options: CallOptions) -> torch.Tensor:
+        """[num_words] int64 for a routing: uninitialised, and used by nobody before this call."""
+
     def pool_offset(self, tensor: torch.Tensor) -> int | None:
         """Offset of a contiguous tensor in the pool, None if it lies elsewhere."""
 

@@ -172,7 +172,9 @@ class Buffer(LowLatencyCalls):
             topk_idx: [T, K] int64, global expert index; -1 chooses none.
 
         Raises:
-            EPConfigError: shape or dtype, an expert out of range or chosen twice by a token.
+            EPConfigError: shape or dtype, an expert out of range or chosen twice by a token. On a
+                GPU, experts are not checked here, where it would cost a synchronisation, but by
+                dispatch(); those out of range count as none.
         """
         return self._usable().get_dispatch_layout(topk_idx)
 
@@ -276,7 +278,7 @@ class Buffer(LowLatencyCalls):
         """
         for size in shape:
             check_int("shape", size, low=0)
-        return self._usable_backend().reserve(shape, dtype).tensor()
+        return self._usable_backend().empty(shape, dtype)
 
     def restore_handle(self, words: torch.Tensor, call: torch.Tensor) -> DispatchHandle:
         """The handle of a dispatch of this buffer from what DispatchHandle.to_tensors() gave.

@@ -164,6 +164,14 @@ class CpuBackend:
             tensor=lambda: _tensor(address, shape, dtype, keep=block),
         )
 
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor in this rank's pool."""
+        return self.reserve(shape, dtype).tensor()
+
+    def empty_words(self, num_words: int, *, options: CallOptions) -> torch.Tensor:
+        """Ordinary memory."""
+        return torch.empty(num_words, dtype=torch.int64)
+
     def view(
         self, offset: int, shape: tuple[int, ...], dtype: torch.dtype, *, keep: Any
     ) -> torch.Tensor:

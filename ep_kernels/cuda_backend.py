@@ -30,10 +30,22 @@ from ep_kernels.lanes import ScaleoutStats
 from ep_kernels.pool import Received, ReceiveFormat, Reservation
 
 
-class _Memory:
-    """A range of the pool as torch sees it; returned when the last tensor over it is gone."""
+class _Block:
+    """A range of the pool; returned when calls and tensors are through with it."""
 
-    def __init__(self, backend: CudaBackend, block: int, address: int, num_bytes: int) -> None:
+    def __init__(self, free: Any, block: int) -> None:
+        self._free, self._block = free, block
+
+    def __del__(self) -> None:
+        self._free(self._block)
+
+
+class _Memory:
+    """A block as a tensor sees it. The stream that is current when the tensor dies may still have
+    work on the memory, also if a call that is over keeps the block for some time yet.
+    """
+
+    def __init__(self, backend: CudaBackend, block: _Block, address: int, num_bytes: int) -> None:
         self._backend, self._block = backend, block
         self.__cuda_array_interface__ = {
             "shape": (num_bytes,),
@@ -43,7 +55,7 @@ class _Memory:
         }
 
     def __del__(self) -> None:
-        self._backend.free_block(self._block)
+        self._backend.note_free()
 
 
 class CudaOperation:
@@ -93,9 +105,8 @@ class CudaBackend:
         except EPError as error:
             problem = error
         self._attach(bootstrap, bytes(handle), problem)
-        block, address, offset = self.allocate_block(1)  # any block tells where the pool begins
+        _, address, offset = self.allocate_block(1)  # any block tells where the pool begins
         self._pool_base = address - offset
-        self.free_block(block)
 
     def _create(self, bootstrap: Bootstrap, settings: Settings, handle: Any) -> None:
         experts = (ctypes.c_int32 * settings.num_experts)(*settings.expert_to_rank)
@@ -135,8 +146,8 @@ class CudaBackend:
 
     # Memory
 
-    def allocate_block(self, num_bytes: int) -> tuple[int, int, int]:
-        """A range of the pool: (handle of the block, address, offset)."""
+    def allocate_block(self, num_bytes: int) -> tuple[_Block, int, int]:
+        """A range of the pool: (block, address, offset)."""
         block, address, offset = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int64()
         _native.call(
             self._library.ep_cuda_block_allocate,
@@ -147,12 +158,20 @@ class CudaBackend:
             ctypes.byref(offset),
         )
         assert block.value is not None
-        return block.value, address.value or 0, offset.value
+        return self._block(block.value), address.value or 0, offset.value
 
-    def free_block(self, block: int) -> None:
-        """Called when a tensor dies: the current stream may still have work on the memory."""
-        stream = self._current_stream() if self._buffer is not None else 0
-        self._library.ep_cuda_block_free(self._buffer, block, stream)
+    def _block(self, handle: int) -> _Block:
+        return _Block(self._library.ep_cuda_block_free, handle)
+
+    def note_free(self) -> None:
+        """Calls, and tensors of empty(), come after all that the current stream was given."""
+        if self._buffer is not None:
+            self._library.ep_cuda_note_free(self._buffer, self._current_stream())
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor in this rank's pool, for the current stream to write to."""
+        _native.call(self._library.ep_cuda_wait_for_freed, self._buffer, self._current_stream())
+        return self.reserve(shape, dtype).tensor()
 
     def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> Reservation:
         """Memory of this rank's pool for a tensor. Raises EPDeviceError if the pool is full."""
@@ -167,7 +186,7 @@ class CudaBackend:
         """Memory that the core has taken."""
         if rows.block is None:
             return self._empty(shape, dtype)
-        return self._reservation(rows.block, rows.address, rows.offset, shape, dtype)
+        return self._reservation(self._block(rows.block), rows.address, rows.offset, shape, dtype)
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Reservation:
         return Reservation(
@@ -177,16 +196,24 @@ class CudaBackend:
         )
 
     def _reservation(
-        self, block: int, address: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype
+        self, block: _Block, address: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype
     ) -> Reservation:
-        memory = _Memory(self, block, address, math.prod(shape) * dtype.itemsize)
         if torch.cuda.is_current_stream_capturing():
-            self._captured.append(memory)
-        return Reservation(
-            offset=offset,
-            address=address,
-            tensor=lambda: torch.as_tensor(memory, device=self.device).view(dtype).view(shape),
-        )
+            self._captured.append(block)
+
+        def tensor() -> torch.Tensor:
+            memory = _Memory(self, block, address, math.prod(shape) * dtype.itemsize)
+            return torch.as_tensor(memory, device=self.device).view(dtype).view(shape)
+
+        return Reservation(offset=offset, address=address, tensor=tensor)
+
+    def empty_words(self, num_words: int, *, options: CallOptions) -> torch.Tensor:
+        """What torch hands out may be in use by the caller's stream, for which a call with
+        `previous_event` does not wait; what was freed in the pool, calls do wait for.
+        """
+        if options.previous_event is None:
+            return torch.empty(num_words, dtype=torch.int64, device=self.device)
+        return self.reserve((num_words,), torch.int64).tensor()
 
     def pool_offset(self, tensor: torch.Tensor) -> int | None:
         """Offset of a contiguous tensor in the pool, None if it lies elsewhere."""
@@ -212,14 +239,17 @@ class CudaBackend:
             number, _ = self._pending.pop(0)
             try:
                 _native.call(self._library.ep_cuda_check, self._buffer, number)
-            except EPConfigError as error:
+            except (EPConfigError, EPDeviceError) as error:
                 self.refuse(f"an earlier call failed: {error}")
                 raise
 
     def count_rows(self, topk_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Counts as of the CPU backend; the caller's stream is used. Indices are not checked."""
+        """Counts as of the CPU backend, on the caller's stream. Bad indices count as none: to
+        report them, the host would have to wait; dispatch() does it.
+        """
         num_tokens, num_experts = topk_idx.shape[0], self._expert_to_rank.numel()
-        columns = torch.where(topk_idx < 0, num_experts, topk_idx)
+        is_good = (topk_idx >= 0) & (topk_idx < num_experts)
+        columns = torch.where(is_good, topk_idx, num_experts)
         is_chosen = torch.zeros(
             (num_tokens, num_experts + 1), dtype=torch.bool, device=self.device
         ).scatter_(1, columns, True)[:, :num_experts]
@@ -348,12 +378,16 @@ class CudaBackend:
         previous = options.previous_event
         if previous is None:
             return order
-        order.follows_caller = 0
         operation = previous.operation
-        if isinstance(operation, CudaOperation) and not operation.is_finished():
-            order.previous = operation.backend.end_event(operation.number)
-        else:
+        if not isinstance(operation, CudaOperation):
             previous.wait()
+        elif not operation.is_finished():
+            order.previous = operation.backend.end_event(operation.number)
+            order.follows_caller = 0
+            return order
+        # NOTE: an error of the finished call is not for here: this rank alone would not make the
+        # call. A capture reaches the call's stream through the caller's only.
+        order.follows_caller = int(torch.cuda.is_current_stream_capturing())
         return order
 
     def _start(self, function: Any, args: Any, options: CallOptions) -> int:

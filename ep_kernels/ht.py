@@ -100,7 +100,7 @@ class HighThroughput:
         with self._refusing():
             if isinstance(routing, NewRouting):
                 rows = checks.check_rows(x, num_rows=None, device=self._backend.device)
-                handle = self._new_handle(routing, rows.num_tokens)
+                handle = self._new_handle(routing, rows.num_tokens, options)
             else:
                 handle = self._check_handle(routing)
                 rows = checks.check_rows(x, num_rows=handle.num_tokens, device=self._backend.device)
@@ -214,7 +214,9 @@ class HighThroughput:
     def _check_handle(self, handle: Any) -> DispatchHandle:
         return checks.check_handle(handle, DispatchHandle, self._identity)
 
-    def _new_handle(self, routing: NewRouting, num_tokens: int) -> DispatchHandle:
+    def _new_handle(
+        self, routing: NewRouting, num_tokens: int, options: CallOptions
+    ) -> DispatchHandle:
         """A handle whose routing the call will fill."""
         if routing.topk_idx is None:
             raise EPConfigError("topk_idx=None needs a handle")
@@ -223,10 +225,8 @@ class HighThroughput:
         checks.check_int("expert_alignment", routing.expert_alignment, low=1, high=1 << 20)
         if capacity is not None:
             checks.check_int("capacity", capacity, low=0, high=(1 << 31) - 1)
-        memory = RoutingMemory.allocate(
-            self._routing_sizes(layout, num_tokens, topk_idx.shape[1]),
-            device=self._backend.device,
-        )
+        sizes = self._routing_sizes(layout, num_tokens, topk_idx.shape[1])
+        words = self._backend.empty_words(RoutingMemory.num_words(**sizes), options=options)
         return DispatchHandle(
             owner=self._identity,
             seq=-1,
@@ -234,7 +234,7 @@ class HighThroughput:
             expert_alignment=routing.expert_alignment,
             capacity=capacity,
             num_rows=-1 if capacity is None else capacity,
-            memory=memory,
+            memory=RoutingMemory(words=words, **sizes),
         )
 
     def restore_handle(self, words: torch.Tensor, call: torch.Tensor) -> DispatchHandle:

@@ -15,6 +15,7 @@ SCRIPTS = [
     "scripts/test.sh",
     "scripts/lint.sh",
     "scripts/setup_env.sh",
+    "scripts/sanitize_cuda.sh",
     "scripts/slurm/submit.sh",
 ]
 

@@ -88,8 +88,15 @@ int32_t ep_cuda_block_allocate(EpCudaBuffer* buffer, int64_t num_bytes, EpCudaBl
   });
 }
 
-void ep_cuda_block_free(EpCudaBuffer* buffer, EpCudaBlock* block, void* stream) {
-  if (buffer) guarded(nullptr, [&] { buffer->impl.note_free(as_stream(stream)); });
+void ep_cuda_note_free(EpCudaBuffer* buffer, void* stream) {
+  guarded(nullptr, [&] { buffer->impl.note_free(as_stream(stream)); });
+}
+
+int32_t ep_cuda_wait_for_freed(EpCudaBuffer* buffer, void* stream, EpError* error) {
+  return guarded(error, [&] { buffer->impl.wait_for_freed(as_stream(stream)); });
+}
+
+void ep_cuda_block_free(EpCudaBlock* block) {
   block->pool->allocator.free(block->offset);
   delete block;
 }

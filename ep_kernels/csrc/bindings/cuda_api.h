@@ -59,8 +59,11 @@ EP_API void ep_cuda_buffer_delete(EpCudaBuffer* buffer);
 
 EP_API int32_t ep_cuda_block_allocate(EpCudaBuffer* buffer, int64_t num_bytes, EpCudaBlock** block,
                                       void** address, int64_t* offset, EpError* error);
-/// `stream` is the one whose work may still use the memory.
-EP_API void ep_cuda_block_free(EpCudaBuffer* buffer, EpCudaBlock* block, void* stream);
+/// A tensor over a block has died while `stream`, whose work may still use it, was current.
+EP_API void ep_cuda_note_free(EpCudaBuffer* buffer, void* stream);
+/// Before `stream` writes to a block that is no call's.
+EP_API int32_t ep_cuda_wait_for_freed(EpCudaBuffer* buffer, void* stream, EpError* error);
+EP_API void ep_cuda_block_free(EpCudaBlock* block);
 EP_API void ep_cuda_pool_stats(EpCudaBuffer* buffer, int64_t stats[3]);
 
 /// A dispatch that takes its memory once the host knows how many rows come. Fills `receive` and

@@ -210,7 +210,8 @@ int64_t Buffer::begin_call(const CallOrder& order) {
   last_ = {stream, is_captured};
   record.has_sizes = 0;
   std::fill_n(record.stamps, kNumStamps, uint64_t{0});
-  __atomic_store_n(&record.status, static_cast<int32_t>(CallStatus::kRunning), __ATOMIC_RELEASE);
+  if (!is_captured)  // it runs when its graph does, if ever
+    __atomic_store_n(&record.status, static_cast<int32_t>(CallStatus::kRunning), __ATOMIC_RELEASE);
   return num_calls_++;
 }
 
@@ -248,6 +249,16 @@ void Buffer::note_free(cudaStream_t stream) {
   if (!freed.event) EP_CHECK_CUDA(cudaEventCreateWithFlags(&freed.event, cudaEventDisableTiming));
   EP_CHECK_CUDA(cudaEventRecord(freed.event, stream));
   freed.is_pending = true;
+}
+
+void Buffer::wait_for_freed(cudaStream_t stream) {
+  if (is_destroyed_) return;
+  DeviceGuard guard(config_.device);
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  EP_CHECK_CUDA(cudaStreamIsCapturing(stream, &capture));
+  if (capture != cudaStreamCaptureStatusNone) return;
+  for (const auto& [freeing, freed] : freed_)
+    if (freeing != stream) EP_CHECK_CUDA(cudaStreamWaitEvent(stream, freed.event, 0));
 }
 
 int32_t* Buffer::scratch(int64_t num_tokens) {
@@ -433,20 +444,40 @@ void Buffer::throw_error(const CallRecord& record) {
     case CallStatus::kBadExpert:
     case CallStatus::kTwice:
       throw DisagreementError(who + bad_choice(record, num_experts()));
+    case CallStatus::kTooManyRows:
+      throw DisagreementError(concat("rank ", record.rank, " would receive ", record.detail[0],
+                                     " rows; 2^31 is the limit"));
     case CallStatus::kNoMemory:
-      throw DeviceError(concat("rank ", record.rank, " has no memory for its rows"));
+      throw DeviceError(
+          concat("rank ", record.rank, " has no memory for its rows: its pool is full"));
     case CallStatus::kTimeout: {
       const TimeoutRecord& timeout = record.timeout;
-      const std::string message = concat(
-          "rank ", timeout.rank, " waited up to ", static_cast<double>(config_.timeout_us) * 1e-6,
-          " s for rank ", timeout.peer, " ", phase_name(static_cast<Phase>(timeout.phase)),
-          ": expected ", timeout.expected, ", seen ", timeout.seen);
+      const std::string message =
+          concat(peer_problem(timeout.peer), "rank ", timeout.rank, " waited up to ",
+                 static_cast<double>(config_.timeout_us) * 1e-6, " s for rank ", timeout.peer, " ",
+                 phase_name(static_cast<Phase>(timeout.phase)), ": expected ", timeout.expected,
+                 ", seen ", timeout.seen);
       failure_ = message;
       throw TimeoutError(message, timeout);
     }
     default:
       throw DeviceError("this buffer failed and cannot be used any more: " + failure_);
   }
+}
+
+/// What peers have said that explains why a wait for `culprit` ended, or nothing.
+std::string Buffer::peer_problem(int culprit) const {
+  std::vector<PeerLine> lines(config_.num_ranks);
+  EP_CHECK_CUDA(cudaMemcpy(lines.data(), pool_->segment + group_.layout().peer_lines,
+                           lines.size() * sizeof(PeerLine), cudaMemcpyDeviceToHost));
+  if (lines[culprit].departed) return concat("rank ", culprit, " has destroyed its buffer; ");
+  for (int peer = 0; peer < config_.num_ranks; ++peer) {
+    const PeerLine& line = lines[peer];
+    if (peer != config_.rank && line.failed && line.culprit == culprit)
+      return concat("rank ", peer, " gave up on rank ", culprit, ", which it had asked ",
+                    phase_name(static_cast<Phase>(line.culprit_phase)), "; ");
+  }
+  return "";
 }
 
 }  // namespace ep::cuda

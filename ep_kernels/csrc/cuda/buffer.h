@@ -122,6 +122,8 @@ class Buffer {
   /// Notes that memory of the pool was freed while `stream` was current: it is not written again
   /// before the work that the stream has now is done.
   void note_free(cudaStream_t stream);
+  /// Makes a stream, which is going to write to memory of the pool, wait for all such work.
+  void wait_for_freed(cudaStream_t stream);
 
   /// Leaves the group and unmaps the peers. Waits for the device. Idempotent.
   void destroy();
@@ -150,6 +152,7 @@ class Buffer {
   CallRecord* record_of(int64_t call) const { return records_ + call % kNumRecords; }
   PostArgs make_post(Op op, const HtSizes& sizes) const;
   void throw_error(const CallRecord& record);
+  std::string peer_problem(int culprit) const;
 
   Config config_;
   int64_t control_bytes_;

@@ -22,13 +22,14 @@ constexpr int kChunkTokens = 128;
 enum class CallStatus : int32_t {
   kRunning = 0,
   kOk = 1,
-  kDisagree = 2,   ///< detail: field, rank, value of rank 0, value of `rank`
-  kRefused = 3,    ///< detail: rank; text in the rank's post
-  kBadExpert = 4,  ///< detail: rank, token, position in topk_idx, expert: out of range
-  kTwice = 5,      ///< as kBadExpert: chosen twice
-  kTimeout = 6,    ///< timeout: the record
-  kNoMemory = 7,   ///< `rank` has no memory for its rows
-  kSkipped = 8,    ///< the buffer had failed before
+  kDisagree = 2,     ///< detail: field, rank, value of rank 0, value of `rank`
+  kRefused = 3,      ///< detail: rank; text in the rank's post
+  kBadExpert = 4,    ///< detail: rank, token, position in topk_idx, expert: out of range
+  kTwice = 5,        ///< as kBadExpert: chosen twice
+  kTimeout = 6,      ///< timeout: the record
+  kNoMemory = 7,     ///< `rank` has no memory for its rows
+  kSkipped = 8,      ///< the buffer had failed before
+  kTooManyRows = 9,  ///< `rank` would receive detail[0] rows, which is too many
 };
 
 constexpr uint32_t kSizesValid = 1;  ///< CallRecord::recv_sizes may be read

@@ -172,17 +172,17 @@ __device__ void fill_refusal(const HtDispatchArgs& args, int64_t code, PostArgs&
 
 /// Sums over ranks of every column of the count matrix, in shared memory.
 struct ColumnSums {
-  int32_t* before;  ///< rows of the ranks before this one
-  int32_t* total;   ///< rows of all ranks
+  int64_t* total;   ///< rows of all ranks
+  int32_t* before;  ///< rows of the ranks before this one; meaningless if there are too many rows
 };
 
 __device__ void sum_columns(const DeviceGroup& group, uint64_t seq, const ColumnSums& sums) {
   const int num_columns = group.num_ranks + group.num_experts;
   for (int column = threadIdx.x; column < num_columns; column += blockDim.x) {
-    int32_t total = 0;
+    int64_t total = 0;
 #pragma unroll 8
     for (int src = 0; src < group.num_ranks; ++src) {
-      if (src == group.rank) sums.before[column] = total;
+      if (src == group.rank) sums.before[column] = static_cast<int32_t>(total);
       total += counts_of(post_of(group, seq, group.rank, src))[column];
     }
     sums.total[column] = total;
@@ -200,29 +200,46 @@ __device__ void fill_rank_counts(const DeviceGroup& group, const HtDispatchArgs&
 }
 
 /// Inclusive sum over the lanes of a warp.
-__device__ int32_t scan_lanes(int32_t value, int lane) {
+__device__ int64_t scan_lanes(int64_t value, int lane) {
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
-    const int32_t below = __shfl_up_sync(0xffffffffu, value, distance);
+    const int64_t below = __shfl_up_sync(0xffffffffu, value, distance);
     if (lane >= distance) value += below;
   }
   return value;
 }
 
+/// The lowest rank that would receive more rows than can be numbered, and how many. One word, so
+/// that an atomic minimum finds it: rank, then rows. All ranks find the same.
+struct TooManyRows {
+  static constexpr unsigned long long kNobody = ~0ull;
+  static constexpr int kRowBits = 56;
+  unsigned long long* word;  ///< in shared memory
+
+  __device__ void check(int rank, int64_t num_rows) const {
+    if (num_rows > INT32_MAX)
+      atomicMin(word, static_cast<unsigned long long>(rank) << kRowBits | num_rows);
+  }
+  __device__ int rank() const { return static_cast<int>(*word >> kRowBits); }
+  __device__ int64_t num_rows() const {
+    return static_cast<int64_t>(*word & ((1ull << kRowBits) - 1));
+  }
+};
+
 /// Adds to the sums' `before` where each expert's group begins on its rank, and fills this rank's
 /// own groups. A warp per rank goes through the experts, 32 at a time.
 __device__ void place_groups(const DeviceGroup& group, const HtDispatchArgs& args,
-                             const ColumnSums& sums) {
+                             const ColumnSums& sums, const TooManyRows& too_many) {
   const int lane = threadIdx.x % 32, num_warps = blockDim.x / 32;
   for (int dst = threadIdx.x / 32; dst < group.num_ranks; dst += num_warps) {
-    int32_t end_of_groups = 0, num_real_rows = 0;
+    int64_t end_of_groups = 0, num_real_rows = 0;
     for (int first = 0; first < group.num_experts; first += 32) {
       const int expert = first + lane, column = group.num_ranks + expert;
       const bool is_here = expert < group.num_experts && group.placement.rank_of[expert] == dst;
-      const int32_t total = is_here ? sums.total[column] : 0;
-      const int32_t size = align_up(total, args.sizes.expert_alignment);
-      const int32_t end = end_of_groups + scan_lanes(size, lane);
-      if (is_here) sums.before[column] += end - size;
+      const int64_t total = is_here ? sums.total[column] : 0;
+      const int64_t size = align_up(total, int64_t{args.sizes.expert_alignment});
+      const int64_t end = end_of_groups + scan_lanes(size, lane);
+      if (is_here) sums.before[column] += static_cast<int32_t>(end - size);
       if (is_here && dst == group.rank) {
         const int local = group.placement.local_of[expert];
         args.routing.expert_offsets[local + 1] = end;
@@ -230,6 +247,7 @@ __device__ void place_groups(const DeviceGroup& group, const HtDispatchArgs& arg
       end_of_groups = __shfl_sync(0xffffffffu, end, 31);
       num_real_rows += __shfl_sync(0xffffffffu, scan_lanes(total, lane), 31);
     }
+    if (lane == 0) too_many.check(dst, end_of_groups);
     if (dst != group.rank || lane != 0) continue;
     args.routing.recv_sizes[0] = end_of_groups;
     args.routing.recv_sizes[1] = num_real_rows;
@@ -249,6 +267,31 @@ __device__ void clear_receiver(const DeviceGroup& group, const HtDispatchArgs& a
   for (int i = threadIdx.x; i < group.num_ranks * group.num_ranks; i += blockDim.x)
     args.routing.rank_counts[i] = 0;
   __syncthreads();
+}
+
+/// All threads: where the groups are, if there are any. False: too many rows, the call has ended.
+__device__ bool place_rows(const DeviceGroup& group, const HtDispatchArgs& args,
+                           const ColumnSums& sums, CallRecord* record) {
+  __shared__ unsigned long long word;
+  const TooManyRows too_many{&word};
+  if (threadIdx.x == 0) word = TooManyRows::kNobody;
+  __syncthreads();
+  if (static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor) {
+    place_groups(group, args, sums, too_many);
+  } else {
+    for (int dst = threadIdx.x; dst < group.num_ranks; dst += blockDim.x)
+      too_many.check(dst, sums.total[dst]);
+    __syncthreads();
+  }
+  if (word == TooManyRows::kNobody) return true;
+  clear_receiver(group, args);
+  if (threadIdx.x == 0 && set_status(group, CallStatus::kTooManyRows)) {
+    record->rank = too_many.rank();
+    record->detail[0] = too_many.num_rows();
+    __threadfence_system();
+    store_word(&record->has_sizes, kSizesNever);
+  }
+  return false;
 }
 
 /// The receiver's part of the routing that does not depend on the layout's group starts.
@@ -331,19 +374,18 @@ __device__ bool exchange(const DeviceGroup& group, const HtDispatchArgs& args, c
 /// All threads of the block that counted last.
 __device__ void notify(const DeviceGroup& group, const HtDispatchArgs& args, const PostArgs& post,
                        int32_t* scratch, CallRecord* record) {
-  extern __shared__ int32_t shared_sums[];
+  extern __shared__ int64_t shared_sums[];
   const int64_t chunks = gridDim.x;
   clear_receiver(group, args);
   if (!is_running(group)) return;
   const int num_columns = group.num_ranks + group.num_experts;
-  const ColumnSums sums{shared_sums, shared_sums + num_columns};
+  const ColumnSums sums{shared_sums, reinterpret_cast<int32_t*>(shared_sums + num_columns)};
 
   const int32_t* own_counts = scan_chunks(group, scratch, chunks);
   if (!exchange(group, args, post, own_counts, record)) return;
   sum_columns(group, group.state->num_calls, sums);
   fill_rank_counts(group, args, group.state->num_calls);
-  if (static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor)
-    place_groups(group, args, sums);
+  if (!place_rows(group, args, sums, record)) return;
   fill_receiver(group, args, sums, own_counts);
   count_overflow(group, args);
   __syncthreads();
@@ -396,7 +438,7 @@ int64_t num_chunks(int64_t num_tokens) {
 
 void launch_notify(const DeviceGroup& group, const HtDispatchArgs& args, const PostArgs& post,
                    int32_t* scratch, CallRecord* record, cudaStream_t stream) {
-  static_assert(kMaskWords >= 2, "the sums of columns take the place of the masks");
+  static_assert(kMaskWords >= 3, "the sums of columns take the place of the masks");
   allow_shared_memory(notify_kernel, mask_bytes(group));
   notify_kernel<<<num_blocks(args), kNumThreads, mask_bytes(group), stream>>>(group, args, post,
                                                                               scratch, record);
