@@ -8,6 +8,7 @@ from ctypes import (
     POINTER,
     Structure,
     c_char_p,
+    c_double,
     c_int32,
     c_int64,
     c_uint8,
@@ -107,6 +108,10 @@ _SIGNATURES: Signatures = {
     "ep_cuda_combine": (c_int32, [c_void_p, _COMBINE, _ORDER, _CALL, _ERROR]),
     "ep_cuda_barrier": (c_int32, [c_void_p, _ORDER, _CALL, _ERROR]),
     "ep_cuda_refuse": (c_int32, [c_void_p, c_char_p, _ORDER, _CALL, _ERROR]),
+    "ep_cuda_copy_rate": (
+        c_int32,
+        [c_void_p, c_int32, c_int64, c_int64, _ORDER, POINTER(c_double), _ERROR],
+    ),
     "ep_cuda_is_finished": (c_int32, [c_void_p, c_int64]),
     "ep_cuda_wait": (c_int32, [c_void_p, c_int64, _ERROR]),
     "ep_cuda_check": (c_int32, [c_void_p, c_int64, _ERROR]),

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import torch
 
     from ep_kernels._native import CombineArgs, DispatchArgs
+    from ep_kernels.bootstrap import Bootstrap
     from ep_kernels.event import Event
     from ep_kernels.handle import HostCounts, RoutingMemory
     from ep_kernels.lanes import ScaleoutStats
@@ -43,6 +44,11 @@ class Backend(Protocol):
     """
 
     device: torch.device
+
+    def choose_num_sms(self, bootstrap: Bootstrap, wanted: int | None) -> int:
+        """Worker threads or SMs of this rank's transfers, if it does not say which it wants.
+        Collective, before any call.
+        """
 
     def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> Reservation:
         """Memory of this rank's pool for a tensor. Raises EPDeviceError if the pool is full."""

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from ep_kernels import env
 from ep_kernels.backend import Backend, CallOptions
 from ep_kernels.bootstrap import Bootstrap, make_bootstrap
 from ep_kernels.checks import check_int
@@ -59,7 +58,8 @@ class Buffer(LowLatencyCalls):
             memory, taken when first used; on a GPU, where it is taken at once, an eighth of it.
         timeout_s: how long a rank waits for a silent peer. None: 60, or EP_KERNELS_TIMEOUT_S.
         num_sms: worker threads (CPU) or SMs (GPU) of this rank's transfers. None: the machine's
-            cores over the ranks of a node; on a GPU 16.
+            cores over the ranks of a node; on a GPU EP_KERNELS_NUM_SMS, or as many as the measured
+            rates of memory, link and SMs ask for (`ep_kernels/num_sms.py`).
         num_local_ranks: ranks per node; a token crosses the network once per node (see
             docs/multi-node.md). None: those that run in one place, as found.
         staging_bytes: limit of the memory for rows on their way between nodes. None: 32 MiB.
@@ -124,14 +124,12 @@ class Buffer(LowLatencyCalls):
         )
         self.topology = find_topology(bootstrap, settings.num_local_ranks)
         self.num_experts = settings.num_experts
-        self.num_sms = settings.num_sms or env.default_num_sms(
-            self.topology.num_local_ranks, is_cpu=settings.device == "cpu"
-        )
         self.timeout_s = settings.timeout_s
         self.local_experts = [
             expert for expert, rank in enumerate(settings.expert_to_rank) if rank == self.rank
         ]
         self._backend = _make_backend(bootstrap, settings, self.topology)
+        self.num_sms = self._backend.choose_num_sms(bootstrap, settings.num_sms)
         self._calls = HighThroughput(
             self._backend,
             num_ranks=self.num_ranks,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ep_kernels import _native
+from ep_kernels import _native, env
 from ep_kernels._native import CombineArgs, DispatchArgs
 from ep_kernels.backend import CallOptions, FreshDispatch
 from ep_kernels.bootstrap import Bootstrap
@@ -82,6 +82,7 @@ class CpuBackend:
         self._when_destroyed: list[Callable[[], None]] = []
         self._pending: list[tuple[_CpuOperation, Any]] = []
         self._buffer: int | None = None
+        self._num_local_ranks = topology.num_local_ranks
         self._num_ranks, self._num_experts = bootstrap.num_ranks, settings.num_experts
         problem: EPError | None = None
         fd = ctypes.c_int32(-1)
@@ -153,6 +154,10 @@ class CpuBackend:
         )
         assert block.value is not None
         return _Block(self._library, block.value), address.value or 0, offset.value
+
+    def choose_num_sms(self, bootstrap: Bootstrap, wanted: int | None) -> int:
+        """Worker threads of this rank's transfers."""
+        return wanted or env.default_num_threads(self._num_local_ranks)
 
     def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> Reservation:
         """Memory of this rank's pool for a tensor. Raises EPDeviceError if the pool is full."""

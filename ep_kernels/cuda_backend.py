@@ -13,11 +13,12 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import statistics
 from typing import Any
 
 import torch
 
-from ep_kernels import _native, _native_cuda
+from ep_kernels import _native, _native_cuda, env
 from ep_kernels._native import CombineArgs, DispatchArgs
 from ep_kernels._native_cuda import CallOrder
 from ep_kernels.backend import CallOptions, FreshDispatch
@@ -27,6 +28,7 @@ from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
 from ep_kernels.event import Event
 from ep_kernels.handle import HostCounts, RoutingMemory
 from ep_kernels.lanes import ScaleoutStats
+from ep_kernels.num_sms import measure_num_sms
 from ep_kernels.pool import Received, ReceiveFormat, Reservation
 
 
@@ -227,6 +229,40 @@ class CudaBackend:
 
     def scaleout_stats(self) -> ScaleoutStats:
         return ScaleoutStats()
+
+    # Rates
+
+    def choose_num_sms(self, bootstrap: Bootstrap, wanted: int | None) -> int:
+        """SMs of this rank's transfers: those wanted, or the same on all ranks, as measured."""
+        wanted = wanted or env.num_sms()
+        properties = torch.cuda.get_device_properties(self.device)
+        own_id = str(properties.uuid)
+        ranks = bootstrap.all_gather((own_id, wanted))
+        if all(of_rank for _, of_rank in ranks):
+            assert wanted is not None
+            return wanted
+        num_sharing = sum(device == own_id for device, _ in ranks)
+        measured = measure_num_sms(
+            self._copy_rate,
+            pool_bytes=self._pool_bytes,
+            max_num_sms=max(1, properties.multi_processor_count // num_sharing),
+        )
+        agreed = int(statistics.median_low(bootstrap.all_gather(measured)))
+        return wanted or agreed
+
+    def _copy_rate(self, num_sms: int, num_bytes: int) -> float:
+        rate = ctypes.c_double()
+        _block, _, offset = self.allocate_block(2 * num_bytes)  # no rank has used its pool yet
+        _native.call(
+            self._library.ep_cuda_copy_rate,
+            self._buffer,
+            num_sms,
+            num_bytes,
+            offset,
+            ctypes.byref(self._order(None)),
+            ctypes.byref(rate),
+        )
+        return rate.value
 
     # Calls
 

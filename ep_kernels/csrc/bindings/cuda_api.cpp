@@ -149,6 +149,14 @@ int32_t ep_cuda_refuse(EpCudaBuffer* buffer, const char* reason, const EpCallOrd
   return guarded(error, [&] { *call = buffer->impl.refuse(reason, as_order(order)); });
 }
 
+int32_t ep_cuda_copy_rate(EpCudaBuffer* buffer, int32_t num_blocks, int64_t num_bytes,
+                          int64_t offset, const EpCallOrder* order, double* bytes_per_s,
+                          EpError* error) {
+  return guarded(error, [&] {
+    *bytes_per_s = buffer->impl.copy_rate(num_blocks, num_bytes, offset, as_order(order));
+  });
+}
+
 int32_t ep_cuda_is_finished(EpCudaBuffer* buffer, int64_t call) {
   return buffer->impl.is_finished(call);
 }

@@ -81,6 +81,12 @@ EP_API int32_t ep_cuda_barrier(EpCudaBuffer* buffer, const EpCallOrder* order, i
 EP_API int32_t ep_cuda_refuse(EpCudaBuffer* buffer, const char* reason, const EpCallOrder* order,
                               int64_t* call, EpError* error);
 
+/// Bytes per second of a copy of num_bytes at `offset` of this rank's pool to offset + num_bytes of
+/// the next rank's, by all ranks at once. Collective.
+EP_API int32_t ep_cuda_copy_rate(EpCudaBuffer* buffer, int32_t num_blocks, int64_t num_bytes,
+                                 int64_t offset, const EpCallOrder* order, double* bytes_per_s,
+                                 EpError* error);
+
 EP_API int32_t ep_cuda_is_finished(EpCudaBuffer* buffer, int64_t call);
 /// Waits on the host, then reports the call's error.
 EP_API int32_t ep_cuda_wait(EpCudaBuffer* buffer, int64_t call, EpError* error);

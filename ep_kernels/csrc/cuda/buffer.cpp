@@ -35,6 +35,19 @@ void allocate_device(T** memory, size_t num_bytes) {
   *memory = static_cast<T*>(address);
 }
 
+/// An event that measures time.
+class CudaEvent {
+ public:
+  CudaEvent() { EP_CHECK_CUDA(cudaEventCreate(&event_)); }
+  CudaEvent(const CudaEvent&) = delete;
+  CudaEvent& operator=(const CudaEvent&) = delete;
+  ~CudaEvent() { cudaEventDestroy(event_); }
+  cudaEvent_t get() const { return event_; }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
 Offer recv_offer(const HtDispatchArgs& args) {
   return {0, args.recv_x, args.recv_scales, args.recv_topk_idx, args.recv_topk_weights};
 }
@@ -399,6 +412,22 @@ int64_t Buffer::refuse(const std::string& reason, const CallOrder& order) {
   launch_post(group_, post, record_of(call), last_.stream);
   finish_call(call, order);
   return call;
+}
+
+double Buffer::copy_rate(int num_blocks, int64_t num_bytes, int64_t offset,
+                         const CallOrder& order) {
+  barrier(order);
+  DeviceGuard guard(config_.device);
+  const int next = (config_.rank + 1) % config_.num_ranks;
+  const CudaEvent begin, end;
+  EP_CHECK_CUDA(cudaEventRecord(begin.get(), last_.stream));
+  launch_copy(group_.pool(next) + offset + num_bytes, group_.pool(config_.rank) + offset, num_bytes,
+              num_blocks, last_.stream);
+  EP_CHECK_CUDA(cudaEventRecord(end.get(), last_.stream));
+  wait(barrier(order));
+  float milliseconds = 0;
+  EP_CHECK_CUDA(cudaEventElapsedTime(&milliseconds, begin.get(), end.get()));
+  return static_cast<double>(num_bytes) / (1e-3 * static_cast<double>(milliseconds));
 }
 
 bool Buffer::is_finished(int64_t call) const {

@@ -106,6 +106,11 @@ class Buffer {
   int64_t barrier(const CallOrder& order);
   int64_t refuse(const std::string& reason, const CallOrder& order);
 
+  /// Bytes per second at which this rank copies `num_bytes` at `offset` of its pool to
+  /// offset + num_bytes of the next rank's, `num_blocks` blocks at work, while all ranks do the
+  /// same. Waits for the device.
+  double copy_rate(int num_blocks, int64_t num_bytes, int64_t offset, const CallOrder& order);
+
   /// Whether a call has finished. One too old to have a record has.
   bool is_finished(int64_t call) const;
   /// Waits for a call on the host, then throws its error.

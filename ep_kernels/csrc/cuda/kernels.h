@@ -46,6 +46,10 @@ void launch_send(const DeviceGroup& group, const HtDispatchArgs& args, CallRecor
 void launch_reduce(const DeviceGroup& group, const HtCombineArgs& args, CallRecord* record,
                    cudaStream_t stream);
 
+/// Copies a multiple of 4 KiB the way launch_send() does.
+void launch_copy(uint8_t* dst, const uint8_t* src, int64_t num_bytes, int num_blocks,
+                 cudaStream_t stream);
+
 /// Finishes a call: says that this rank is through, waits until all are, reports to the host.
 void launch_finish(const DeviceGroup& group, CallRecord* record, cudaStream_t stream);
 
