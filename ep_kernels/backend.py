@@ -9,9 +9,11 @@ if TYPE_CHECKING:
     import torch
 
     from ep_kernels._native import CombineArgs, DispatchArgs
+    from ep_kernels.bootstrap import Bootstrap
     from ep_kernels.event import Event
     from ep_kernels.handle import HostCounts, RoutingMemory
     from ep_kernels.lanes import ScaleoutStats
+    from ep_kernels.pool import Received, ReceiveFormat, Reservation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,16 @@ class CallOptions:
     async_op: bool
     previous_event: Event | None
     num_sms: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreshDispatch:
+    """A dispatch under way: its number, what the host knows of it, its memory, its end."""
+
+    seq: int
+    host: HostCounts
+    received: Received
+    event: Event
 
 
 class Backend(Protocol):
@@ -33,8 +45,19 @@ class Backend(Protocol):
 
     device: torch.device
 
-    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor in this rank's pool. Raises EPDeviceError if the pool is full."""
+    def choose_num_sms(self, bootstrap: Bootstrap, wanted: int | None) -> int:
+        """Worker threads or SMs of this rank's transfers, if it does not say which it wants.
+        Collective, before any call.
+        """
+
+    def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> Reservation:
+        """Memory of this rank's pool for a tensor. Raises EPDeviceError if the pool is full."""
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor in this rank's pool, for the caller to write to."""
+
+    def empty_words(self, num_words: int, *, options: CallOptions) -> torch.Tensor:
+        """[num_words] int64 for a routing: uninitialised, and used by nobody before this call."""
 
     def pool_offset(self, tensor: torch.Tensor) -> int | None:
         """Offset of a contiguous tensor in the pool, None if it lies elsewhere."""
@@ -53,22 +76,19 @@ class Backend(Protocol):
         fail, this or the call raises why; other errors are their events' to raise.
         """
 
-    def notify(
-        self, args: DispatchArgs, memory: RoutingMemory, *, options: CallOptions
-    ) -> tuple[int, HostCounts]:
-        """First half of a fresh dispatch: fills the routing; number of the call."""
-
-    def send(
+    def dispatch_fresh(
         self,
-        seq: int,
         args: DispatchArgs,
         memory: RoutingMemory,
         *,
+        formats: ReceiveFormat,
         keep: Any,
-        error: str,
         options: CallOptions,
-    ) -> Event:
-        """Second half. `error` says why this rank has no memory for its rows, or is empty."""
+    ) -> FreshDispatch:
+        """A dispatch whose memory is taken when the counts are known; fills the routing.
+
+        Raises EPDeviceError, on all ranks, if one of them has no memory for its rows.
+        """
 
     def dispatch(
         self, args: DispatchArgs, memory: RoutingMemory, *, keep: Any, options: CallOptions

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from ep_kernels import env
 from ep_kernels.backend import Backend, CallOptions
 from ep_kernels.bootstrap import Bootstrap, make_bootstrap
 from ep_kernels.checks import check_int
@@ -59,7 +58,8 @@ class Buffer(LowLatencyCalls):
             memory, taken when first used; on a GPU, where it is taken at once, an eighth of it.
         timeout_s: how long a rank waits for a silent peer. None: 60, or EP_KERNELS_TIMEOUT_S.
         num_sms: worker threads (CPU) or SMs (GPU) of this rank's transfers. None: the machine's
-            cores over the ranks of a node; on a GPU 16.
+            cores over the ranks of a node; on a GPU EP_KERNELS_NUM_SMS, or as many as the measured
+            rates of memory, link and SMs ask for (`ep_kernels/num_sms.py`).
         num_local_ranks: ranks per node; a token crosses the network once per node (see
             docs/multi-node.md). None: those that run in one place, as found.
         staging_bytes: limit of the memory for rows on their way between nodes. None: 32 MiB.
@@ -124,14 +124,12 @@ class Buffer(LowLatencyCalls):
         )
         self.topology = find_topology(bootstrap, settings.num_local_ranks)
         self.num_experts = settings.num_experts
-        self.num_sms = settings.num_sms or env.default_num_sms(
-            self.topology.num_local_ranks, is_cpu=settings.device == "cpu"
-        )
         self.timeout_s = settings.timeout_s
         self.local_experts = [
             expert for expert, rank in enumerate(settings.expert_to_rank) if rank == self.rank
         ]
         self._backend = _make_backend(bootstrap, settings, self.topology)
+        self.num_sms = self._backend.choose_num_sms(bootstrap, settings.num_sms)
         self._calls = HighThroughput(
             self._backend,
             num_ranks=self.num_ranks,
@@ -172,7 +170,9 @@ class Buffer(LowLatencyCalls):
             topk_idx: [T, K] int64, global expert index; -1 chooses none.
 
         Raises:
-            EPConfigError: shape or dtype, an expert out of range or chosen twice by a token.
+            EPConfigError: shape or dtype, an expert out of range or chosen twice by a token. On a
+                GPU, experts are not checked here, where it would cost a synchronisation, but by
+                dispatch(); those out of range count as none.
         """
         return self._usable().get_dispatch_layout(topk_idx)
 
@@ -276,7 +276,7 @@ class Buffer(LowLatencyCalls):
         """
         for size in shape:
             check_int("shape", size, low=0)
-        return self._usable_backend().allocate(shape, dtype)
+        return self._usable_backend().empty(shape, dtype)
 
     def restore_handle(self, words: torch.Tensor, call: torch.Tensor) -> DispatchHandle:
         """The handle of a dispatch of this buffer from what DispatchHandle.to_tensors() gave.
@@ -323,7 +323,8 @@ class Buffer(LowLatencyCalls):
             device=self.device,
         )
         region = _make_region(self._usable_backend(), settings)
-        return LowLatency(region, group, rank=self.rank, num_sms=self.num_sms)
+        num_sms = region.choose_num_sms(settings.num_sms, default=self.num_sms)
+        return LowLatency(region, group, rank=self.rank, num_sms=num_sms)
 
     def _usable(self) -> HighThroughput:
         self._usable_backend()

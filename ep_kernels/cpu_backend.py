@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
-from ep_kernels import _native
+from ep_kernels import _native, env
 from ep_kernels._native import CombineArgs, DispatchArgs
-from ep_kernels.backend import CallOptions
+from ep_kernels.backend import CallOptions, FreshDispatch
 from ep_kernels.bootstrap import Bootstrap
 from ep_kernels.config import Settings
 from ep_kernels.errors import EPDeviceError, EPError
 from ep_kernels.event import Event
 from ep_kernels.handle import HostCounts, RoutingMemory
 from ep_kernels.lanes import ScaleoutStats
+from ep_kernels.pool import ReceiveFormat, Reservation, point_to, reserve_rows
 from ep_kernels.topology import Topology
 
 
@@ -81,6 +82,7 @@ class CpuBackend:
         self._when_destroyed: list[Callable[[], None]] = []
         self._pending: list[tuple[_CpuOperation, Any]] = []
         self._buffer: int | None = None
+        self._num_local_ranks = topology.num_local_ranks
         self._num_ranks, self._num_experts = bootstrap.num_ranks, settings.num_experts
         problem: EPError | None = None
         fd = ctypes.c_int32(-1)
@@ -153,13 +155,27 @@ class CpuBackend:
         assert block.value is not None
         return _Block(self._library, block.value), address.value or 0, offset.value
 
-    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor in this rank's pool. Raises EPDeviceError if the pool is full."""
+    def choose_num_sms(self, bootstrap: Bootstrap, wanted: int | None) -> int:
+        """Worker threads of this rank's transfers."""
+        return wanted or env.default_num_threads(self._num_local_ranks)
+
+    def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> Reservation:
+        """Memory of this rank's pool for a tensor. Raises EPDeviceError if the pool is full."""
         num_bytes = math.prod(shape) * dtype.itemsize
-        if num_bytes == 0:
-            return torch.empty(shape, dtype=dtype)
-        block, address, _ = self._allocate(num_bytes)
-        return _tensor(address, shape, dtype, keep=block)
+        block, address, offset = self._allocate(num_bytes) if num_bytes else (None, 0, 0)
+        return Reservation(
+            offset=offset,
+            address=address,
+            tensor=lambda: _tensor(address, shape, dtype, keep=block),
+        )
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor in this rank's pool."""
+        return self.reserve(shape, dtype).tensor()
+
+    def empty_words(self, num_words: int, *, options: CallOptions) -> torch.Tensor:
+        """Ordinary memory."""
+        return torch.empty(num_words, dtype=torch.int64)
 
     def view(
         self, offset: int, shape: tuple[int, ...], dtype: torch.dtype, *, keep: Any
@@ -200,10 +216,33 @@ class CpuBackend:
         )
         return counts, is_token_in_rank
 
+    def dispatch_fresh(
+        self,
+        args: DispatchArgs,
+        memory: RoutingMemory,
+        *,
+        formats: ReceiveFormat,
+        keep: Any,
+        options: CallOptions,
+    ) -> FreshDispatch:
+        """Exchanges the counts, takes the memory they ask for, sends the rows."""
+        seq, host = self.notify(args, memory, options=options)
+        received, error = None, ""
+        try:
+            received = reserve_rows(self.reserve, formats, host.num_rows)
+            point_to(args, received)
+        except EPDeviceError as problem:  # every rank has to learn of it
+            error = str(problem)
+        event = self.send(seq, args, memory, keep=(keep, received), error=error, options=options)
+        if received is None:
+            event.wait()
+            raise EPDeviceError(error)
+        return FreshDispatch(seq=seq, host=host, received=received, event=event)
+
     def notify(
         self, args: DispatchArgs, memory: RoutingMemory, *, options: CallOptions
     ) -> tuple[int, HostCounts]:
-        """Exchanges counts and fills the routing; returns the number of the call."""
+        """First half of a fresh dispatch: fills the routing; returns the number of the call."""
         order_after(options)
         seq = ctypes.c_uint64()
         _native.call(self._library.ep_notify, self._buffer, ctypes.byref(args), ctypes.byref(seq))

@@ -41,7 +41,7 @@ class CpuLowLatency:
         self._library = ll_library()
         self._make_event, self._view = backend.make_event, backend.view
         self._low_latency: int | None = None
-        self._region = backend.allocate((num_bytes,), torch.uint8)
+        self._region = backend.reserve((num_bytes,), torch.uint8).tensor()
         offset = backend.pool_offset(self._region)
         assert offset == 0, "the region must be at the same place on all ranks"
         out = ctypes.c_void_p()
@@ -55,6 +55,10 @@ class CpuLowLatency:
         )
         self._low_latency = out.value
         backend.when_destroyed(self._delete)
+
+    def choose_num_sms(self, wanted: int | None, *, default: int) -> int:
+        """Worker threads of a call."""
+        return wanted or default
 
     def half_offsets(
         self, sizes: LlSizes, num_ranks: int, num_local_experts: int

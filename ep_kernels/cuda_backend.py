@@ -1,7 +1,9 @@
 """The CUDA backend: device memory that the ranks of a node open, and the compiled CUDA core.
 
-Streams. A buffer has a communication stream. A call makes it wait for the caller's stream (or for
-`previous_event`), runs there, and makes the caller's stream wait for it (unless `async_op`).
+Streams. A call that its caller waits for anyway runs on the caller's stream. One with `async_op` or
+`previous_event` runs on the buffer's communication stream, which waits for the caller's stream, or
+for the event instead. Calls of a buffer run one after the other, whichever their streams.
+
 Results lie in the pool. Memory of the pool that is freed is written again only after everything
 that the stream which freed it had been given by then.
 """
@@ -11,29 +13,43 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from ep_kernels import _native, _native_cuda
+from ep_kernels import _native, _native_cuda, env
 from ep_kernels._native import CombineArgs, DispatchArgs
 from ep_kernels._native_cuda import CallOrder
-from ep_kernels.backend import CallOptions
+from ep_kernels.backend import CallOptions, FreshDispatch
 from ep_kernels.bootstrap import Bootstrap
 from ep_kernels.config import Settings
 from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
 from ep_kernels.event import Event
 from ep_kernels.handle import HostCounts, RoutingMemory
 from ep_kernels.lanes import ScaleoutStats
+from ep_kernels.num_sms import measure_num_sms
+from ep_kernels.pool import Received, ReceiveFormat, Reservation
+
+
+class _Block:
+    """A range of the pool; returned when calls and tensors are through with it."""
+
+    def __init__(self, free: Any, block: int) -> None:
+        self._free, self._block = free, block
+
+    def __del__(self) -> None:
+        self._free(self._block)
 
 
 class _Memory:
-    """A range of the pool as torch sees it; returned when the last tensor over it is gone."""
+    """A block as a tensor sees it. The stream that is current when the tensor dies may still have
+    work on the memory, also if a call that is over keeps the block for some time yet.
+    """
 
-    def __init__(self, backend: CudaBackend, num_bytes: int) -> None:
-        self._backend = backend
-        self._block, address, _ = backend.allocate_block(num_bytes)
+    def __init__(self, backend: CudaBackend, block: _Block, address: int, num_bytes: int) -> None:
+        self._backend, self._block = backend, block
         self.__cuda_array_interface__ = {
             "shape": (num_bytes,),
             "typestr": "|u1",
@@ -42,8 +58,7 @@ class _Memory:
         }
 
     def __del__(self) -> None:
-        if hasattr(self, "_block"):
-            self._backend.free_block(self._block)
+        self._backend.note_free()
 
 
 class CudaOperation:
@@ -76,6 +91,8 @@ class CudaBackend:
         self.device = torch.device(settings.device)
         self._pid = os.getpid()
         self._pool_base, self._pool_bytes = 0, settings.total_pool_bytes
+        self._rest_bytes, self.max_num_sms = settings.pool_bytes, 1
+        self._region: Reservation | None = None
         self._when_destroyed: list[Callable[[], None]] = []
         self._pending: list[tuple[int, Any]] = []  # call, what it uses
         self._captured: list[Any] = []  # memory that a graph will use again
@@ -96,7 +113,9 @@ class CudaBackend:
         self._attach(bootstrap, bytes(handle), problem)
         block, address, offset = self.allocate_block(1)  # any block tells where the pool begins
         self._pool_base = address - offset
-        self.free_block(block)
+        del block
+        if settings.low_latency_bytes:
+            self._region = self.reserve((settings.low_latency_bytes,), torch.uint8)
 
     def _create(self, bootstrap: Bootstrap, settings: Settings, handle: Any) -> None:
         experts = (ctypes.c_int32 * settings.num_experts)(*settings.expert_to_rank)
@@ -137,8 +156,8 @@ class CudaBackend:
 
     # Memory
 
-    def allocate_block(self, num_bytes: int) -> tuple[int, int, int]:
-        """A range of the pool: (handle of the block, address, offset)."""
+    def allocate_block(self, num_bytes: int) -> tuple[_Block, int, int]:
+        """A range of the pool: (block, address, offset)."""
         block, address, offset = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int64()
         _native.call(
             self._library.ep_cuda_block_allocate,
@@ -149,22 +168,68 @@ class CudaBackend:
             ctypes.byref(offset),
         )
         assert block.value is not None
-        return block.value, address.value or 0, offset.value
+        return self._block(block.value), address.value or 0, offset.value
 
-    def free_block(self, block: int) -> None:
-        """Called when a tensor dies: the current stream may still have work on the memory."""
-        stream = self._current_stream() if self._buffer is not None else 0
-        self._library.ep_cuda_block_free(self._buffer, block, stream)
+    def _block(self, handle: int) -> _Block:
+        return _Block(self._library.ep_cuda_block_free, handle)
 
-    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor in this rank's pool. Raises EPDeviceError if the pool is full."""
+    def note_free(self) -> None:
+        """Calls, and tensors of empty(), come after all that the current stream was given."""
+        if self._buffer is not None:
+            self._library.ep_cuda_note_free(self._buffer, self._current_stream())
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor in this rank's pool, for the current stream to write to."""
+        _native.call(self._library.ep_cuda_wait_for_freed, self._buffer, self._current_stream())
+        return self.reserve(shape, dtype).tensor()
+
+    def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> Reservation:
+        """Memory of this rank's pool for a tensor. Raises EPDeviceError if the pool is full."""
         num_bytes = math.prod(shape) * dtype.itemsize
         if num_bytes == 0:
-            return torch.empty(shape, dtype=dtype, device=self.device)
-        memory = _Memory(self, num_bytes)
+            return self._empty(shape, dtype)
+        return self._reservation(*self.allocate_block(num_bytes), shape, dtype)
+
+    def _adopt(
+        self, rows: _native_cuda.ReceivedRows, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Reservation:
+        """Memory that the core has taken."""
+        if rows.block is None:
+            return self._empty(shape, dtype)
+        return self._reservation(self._block(rows.block), rows.address, rows.offset, shape, dtype)
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Reservation:
+        return Reservation(
+            offset=0,
+            address=0,
+            tensor=lambda: torch.empty(shape, dtype=dtype, device=self.device),
+        )
+
+    def _reservation(
+        self, block: _Block, address: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Reservation:
         if torch.cuda.is_current_stream_capturing():
-            self._captured.append(memory)
-        return torch.as_tensor(memory, device=self.device).view(dtype).view(shape)
+            self._captured.append(block)
+
+        def tensor() -> torch.Tensor:
+            memory = _Memory(self, block, address, math.prod(shape) * dtype.itemsize)
+            return torch.as_tensor(memory, device=self.device).view(dtype).view(shape)
+
+        return Reservation(offset=offset, address=address, tensor=tensor)
+
+    def take_region(self) -> tuple[int, torch.Tensor]:
+        """The low-latency region, the first range of the pool: (offset, tensor). Once."""
+        region, self._region = self._region, None
+        assert region is not None
+        return region.offset, region.tensor()
+
+    def empty_words(self, num_words: int, *, options: CallOptions) -> torch.Tensor:
+        """What torch hands out may be in use by the caller's stream, for which a call with
+        `previous_event` does not wait; what was freed in the pool, calls do wait for.
+        """
+        if options.previous_event is None:
+            return torch.empty(num_words, dtype=torch.int64, device=self.device)
+        return self.reserve((num_words,), torch.int64).tensor()
 
     def pool_offset(self, tensor: torch.Tensor) -> int | None:
         """Offset of a contiguous tensor in the pool, None if it lies elsewhere."""
@@ -179,6 +244,41 @@ class CudaBackend:
     def scaleout_stats(self) -> ScaleoutStats:
         return ScaleoutStats()
 
+    # Rates
+
+    def choose_num_sms(self, bootstrap: Bootstrap, wanted: int | None) -> int:
+        """SMs of this rank's transfers: those wanted, or the same on all ranks, as measured."""
+        wanted = wanted or env.num_sms()
+        properties = torch.cuda.get_device_properties(self.device)
+        own_id = str(properties.uuid)
+        ranks = bootstrap.all_gather((own_id, wanted))
+        num_sharing = sum(device == own_id for device, _ in ranks)
+        self.max_num_sms = max(1, properties.multi_processor_count // num_sharing)
+        if all(of_rank for _, of_rank in ranks):
+            assert wanted is not None
+            return wanted
+        measured = measure_num_sms(
+            self._copy_rate,
+            pool_bytes=self._rest_bytes,
+            max_num_sms=self.max_num_sms,
+        )
+        agreed = int(statistics.median_low(bootstrap.all_gather(measured)))
+        return wanted or agreed
+
+    def _copy_rate(self, num_sms: int, num_bytes: int) -> float:
+        rate = ctypes.c_double()
+        _block, _, offset = self.allocate_block(2 * num_bytes)  # no rank has used its pool yet
+        _native.call(
+            self._library.ep_cuda_copy_rate,
+            self._buffer,
+            num_sms,
+            num_bytes,
+            offset,
+            ctypes.byref(self._order(None)),
+            ctypes.byref(rate),
+        )
+        return rate.value
+
     # Calls
 
     def poll(self) -> None:
@@ -190,14 +290,17 @@ class CudaBackend:
             number, _ = self._pending.pop(0)
             try:
                 _native.call(self._library.ep_cuda_check, self._buffer, number)
-            except EPConfigError as error:
+            except (EPConfigError, EPDeviceError) as error:
                 self.refuse(f"an earlier call failed: {error}")
                 raise
 
     def count_rows(self, topk_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Counts as of the CPU backend; the caller's stream is used. Indices are not checked."""
+        """Counts as of the CPU backend, on the caller's stream. Bad indices count as none: to
+        report them, the host would have to wait; dispatch() does it.
+        """
         num_tokens, num_experts = topk_idx.shape[0], self._expert_to_rank.numel()
-        columns = torch.where(topk_idx < 0, num_experts, topk_idx)
+        is_good = (topk_idx >= 0) & (topk_idx < num_experts)
+        columns = torch.where(is_good, topk_idx, num_experts)
         is_chosen = torch.zeros(
             (num_tokens, num_experts + 1), dtype=torch.bool, device=self.device
         ).scatter_(1, columns, True)[:, :num_experts]
@@ -207,46 +310,47 @@ class CudaBackend:
         counts = torch.cat([is_in_rank.sum(0), is_chosen.sum(0)]).to(torch.int32)
         return counts, is_in_rank
 
-    def notify(
-        self, args: DispatchArgs, memory: RoutingMemory, *, options: CallOptions
-    ) -> tuple[int, HostCounts]:
-        """Exchanges counts and fills the routing; the host waits for the sizes."""
-        number, sizes = ctypes.c_int64(), (ctypes.c_int64 * 3)()
-        counts = torch.empty(self._num_local_experts, dtype=torch.int64)
-        offsets = torch.empty(self._num_local_experts + 1, dtype=torch.int64)
-        _native.call(
-            self._library.ep_cuda_notify,
-            self._buffer,
-            ctypes.byref(args),
-            ctypes.byref(self._order(options)),
-            ctypes.byref(number),
-            sizes,
-            counts.data_ptr(),
-            offsets.data_ptr(),
-        )
-        return number.value, HostCounts(
-            num_rows=sizes[0], num_recv_tokens_per_expert=counts, expert_offsets=offsets
-        )
-
-    def send(
+    def dispatch_fresh(
         self,
-        seq: int,
         args: DispatchArgs,
         memory: RoutingMemory,
         *,
+        formats: ReceiveFormat,
         keep: Any,
-        error: str,
         options: CallOptions,
-    ) -> Event:
-        _native.call(
-            self._library.ep_cuda_send,
-            self._buffer,
-            seq,
-            ctypes.byref(args),
-            not error,
-            ctypes.byref(self._order(options)),
+    ) -> FreshDispatch:
+        """Exchanges counts and fills the routing; the host waits for the sizes, takes the memory
+        and has the rows sent."""
+        wanted = (formats.x, formats.scales, formats.topk_idx, formats.topk_weights)
+        receive, number = _native_cuda.Receive(), ctypes.c_int64()
+        rows = (receive.x, receive.scales, receive.topk_idx, receive.topk_weights)
+        for of, one in zip(wanted, rows):
+            one.row_bytes = -1 if of is None else of.num_bytes
+        counts = torch.empty(self._num_local_experts, dtype=torch.int64)
+        offsets = torch.empty(self._num_local_experts + 1, dtype=torch.int64)
+        fresh = _native_cuda.FreshCounts(
+            num_recv_tokens_per_expert=counts.data_ptr(), expert_offsets=offsets.data_ptr()
         )
-        return self._event(seq, keep)
+        _native.call(
+            self._library.ep_cuda_dispatch_fresh,
+            self._buffer,
+            ctypes.byref(args),
+            ctypes.byref(self._order(options)),
+            ctypes.byref(receive),
+            ctypes.byref(fresh),
+            ctypes.byref(number),
+        )
+        x, *others = (
+            None if of is None else self._adopt(one, (fresh.num_rows, *of.shape), of.dtype)
+            for of, one in zip(wanted, rows)
+        )
+        assert x is not None
+        received = Received(x=x, scales=others[0], topk_idx=others[1], topk_weights=others[2])
+        host = HostCounts(
+            num_rows=fresh.num_rows, num_recv_tokens_per_expert=counts, expert_offsets=offsets
+        )
+        event = self._event(number.value, (keep, received))
+        return FreshDispatch(seq=number.value, host=host, received=received, event=event)
 
     def dispatch(
         self, args: DispatchArgs, memory: RoutingMemory, *, keep: Any, options: CallOptions
@@ -307,6 +411,14 @@ class CudaBackend:
         for number, _ in list(self._pending):
             self.wait(number)
 
+    def stamps(self, number: int) -> dict[str, int]:
+        """When a finished call reached each of _native_cuda.STAMPS, in nanoseconds of the device's
+        timer; without those that it does not have.
+        """
+        times = (ctypes.c_uint64 * len(_native_cuda.STAMPS))()
+        self._library.ep_cuda_stamps(self._buffer, number, times)
+        return {name: time for name, time in zip(_native_cuda.STAMPS, times) if time}
+
     def end_event(self, number: int) -> int | None:
         """The cudaEvent_t at the end of a call."""
         return self._library.ep_cuda_end_event(self._buffer, number)
@@ -315,16 +427,23 @@ class CudaBackend:
         return torch._C._cuda_getCurrentRawStream(self.device.index)
 
     def _order(self, options: CallOptions | None) -> CallOrder:
-        order = CallOrder(caller=self._current_stream())
+        order = CallOrder(caller=self._current_stream(), follows_caller=1)
         if options is None:
             return order
         order.is_async = options.async_op
         previous = options.previous_event
-        operation = None if previous is None else previous.operation
-        if isinstance(operation, CudaOperation) and not operation.is_finished():
-            order.previous = operation.backend.end_event(operation.number)
-        elif previous is not None:
+        if previous is None:
+            return order
+        operation = previous.operation
+        if not isinstance(operation, CudaOperation):
             previous.wait()
+        elif not operation.is_finished():
+            order.previous = operation.backend.end_event(operation.number)
+            order.follows_caller = 0
+            return order
+        # NOTE: an error of the finished call is not for here: this rank alone would not make the
+        # call. A capture reaches the call's stream through the caller's only.
+        order.follows_caller = int(torch.cuda.is_current_stream_capturing())
         return order
 
     def _start(self, function: Any, args: Any, options: CallOptions) -> int:
@@ -360,6 +479,7 @@ class CudaBackend:
         buffer, self._buffer = self._buffer, None
         self._pending.clear()
         self._captured.clear()
+        self._region = None
         _native.call(self._library.ep_cuda_buffer_destroy, buffer)
         while self._when_destroyed:
             self._when_destroyed.pop()()

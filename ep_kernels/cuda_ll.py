@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ep_kernels import _native
+from ep_kernels import _native, env
 from ep_kernels._native_ll import (
     RECEIVE_ASYNC,
     RECEIVE_LATER,
@@ -27,6 +27,8 @@ from ep_kernels.event import Event
 
 if TYPE_CHECKING:
     from ep_kernels.cuda_backend import CudaBackend
+
+NUM_SMS = 16
 
 
 class CudaLlOperation:
@@ -59,12 +61,12 @@ class CudaLowLatency:
     def __init__(self, backend: CudaBackend, num_bytes: int, *, mask_silent_ranks: bool) -> None:
         self._library = cuda_ll_library()
         self._layout = ll_library()  # sizes and offsets are the same on the CPU
+        self._max_num_sms = backend.max_num_sms
         self._device, self._finish_calls = backend.device, backend.finish_calls
         self._low_latency: int | None = None
         self._pending: list[tuple[int, Any]] = []  # call, what it uses
         self._captured: list[Any] = []  # what a graph will use again
-        self._region = backend.allocate((num_bytes,), torch.uint8)
-        offset = backend.pool_offset(self._region)
+        offset, self._region = backend.take_region()
         assert offset == 0, "the region must be at the same place on all ranks"
         out = ctypes.c_void_p()
         _native.call(
@@ -77,6 +79,13 @@ class CudaLowLatency:
         )
         self._low_latency = out.value
         backend.when_destroyed(self._delete)
+
+    def choose_num_sms(self, wanted: int | None, *, default: int) -> int:
+        """Blocks of a call. All ranks' blocks must fit on the GPU at once: they wait for each other.
+
+        A call that is over in microseconds takes more of them than rates ask for.
+        """
+        return min(wanted or env.num_sms() or NUM_SMS, self._max_num_sms)
 
     # Memory
 

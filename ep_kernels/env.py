@@ -43,10 +43,15 @@ def default_timeout_s() -> float:
     return _number("EP_KERNELS_TIMEOUT_S", DEFAULT_TIMEOUT_S)
 
 
-def default_num_sms(num_local_ranks: int, *, is_cpu: bool) -> int:
-    """Worker threads per rank: the usable cores, shared by a node's ranks. SMs on a GPU: 16."""
-    if not is_cpu:
-        return int(_number("EP_KERNELS_NUM_SMS", 16))
+def num_sms() -> int | None:
+    """SMs per rank; None: to be chosen from measured rates."""
+    if not os.environ.get("EP_KERNELS_NUM_SMS"):
+        return None
+    return int(_number("EP_KERNELS_NUM_SMS", 1))
+
+
+def default_num_threads(num_local_ranks: int) -> int:
+    """Worker threads per rank: the usable cores, shared by a node's ranks."""
     cores = len(os.sched_getaffinity(0))
     return int(_number("EP_KERNELS_NUM_THREADS", max(1, cores // num_local_ranks)))
 

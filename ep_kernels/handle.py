@@ -75,14 +75,6 @@ class RoutingMemory:
     num_tokens: int
     num_topk: int
 
-    @classmethod
-    def allocate(cls, sizes: dict[str, int], *, device: torch.device) -> RoutingMemory:
-        """Of routing_sizes(). Uninitialised: the call that fills it also does so when it fails."""
-        import torch
-
-        words = torch.empty(cls.num_words(**sizes), dtype=torch.int64, device=device)
-        return cls(words=words, **sizes)
-
     @staticmethod
     def num_words(
         *, num_ranks: int, num_local_experts: int, num_groups: int, num_tokens: int, num_topk: int

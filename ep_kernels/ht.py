@@ -27,6 +27,15 @@ from ep_kernels.handle import (
     RoutingMemory,
     routing_sizes,
 )
+from ep_kernels.pool import (
+    Received,
+    ReceiveFormat,
+    Reservation,
+    RowFormat,
+    point_to,
+    reserve_rows,
+    tensor_of,
+)
 
 _LAYOUT_CODES = {Layout.RANK_MAJOR: 0, Layout.EXPERT_MAJOR: 1}
 
@@ -48,16 +57,6 @@ class _Inputs:
     rows: checks.Rows
     weights: torch.Tensor | None
     topk_idx: torch.Tensor | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Received:
-    """The tensors that a dispatch fills, in this rank's pool."""
-
-    x: torch.Tensor
-    scales: torch.Tensor | None
-    topk_idx: torch.Tensor | None
-    topk_weights: torch.Tensor | None
 
 
 class HighThroughput:
@@ -101,7 +100,7 @@ class HighThroughput:
         with self._refusing():
             if isinstance(routing, NewRouting):
                 rows = checks.check_rows(x, num_rows=None, device=self._backend.device)
-                handle = self._new_handle(routing, rows.num_tokens)
+                handle = self._new_handle(routing, rows.num_tokens, options)
             else:
                 handle = self._check_handle(routing)
                 rows = checks.check_rows(x, num_rows=handle.num_tokens, device=self._backend.device)
@@ -117,16 +116,23 @@ class HighThroughput:
                 routing=Routing(topk_idx=address(inputs.topk_idx), **handle.memory.addresses()),
                 sizes=self._sizes(rows, handle, inputs.weights, options.num_sms),
             )
-            memory = None
+            formats = _formats(inputs, handle)
+            received = None
             if handle.num_rows >= 0:
-                memory = self._receive_memory(args, inputs, handle)
-        if memory is None:
-            return self._dispatch_fresh(args, inputs, handle, options)
-        keep = (inputs, handle, memory)
+                received = reserve_rows(self._backend.reserve, formats, handle.num_rows)
+                point_to(args, received)
+        keep = (inputs, handle, received)
+        if received is None:
+            fresh = self._backend.dispatch_fresh(
+                args, handle.memory, formats=formats, keep=keep, options=options
+            )
+            host = fresh.host
+            handle = replace(handle, seq=fresh.seq, num_rows=host.num_rows, host=host)
+            return _dispatch_result(handle, fresh.received, fresh.event)
         seq, event = self._backend.dispatch(args, handle.memory, keep=keep, options=options)
         if handle.seq < 0:
             handle = replace(handle, seq=seq)
-        return _dispatch_result(handle, memory, event)
+        return _dispatch_result(handle, received, event)
 
     def combine(
         self,
@@ -160,44 +166,17 @@ class HighThroughput:
                 args.bias[index] = one.data_ptr()
             args.pool_x, args.stage_x, staged_x = self._in_pool(rows.x)
             args.pool_topk_weights, args.stage_topk_weights, staged_weights = self._in_pool(weights)
-            out = self._backend.allocate((handle.num_tokens, rows.hidden), rows.x.dtype)
+            out = self._backend.reserve((handle.num_tokens, rows.hidden), rows.x.dtype)
             out_weights = (
                 None
                 if weights is None
-                else self._backend.allocate((handle.num_tokens, handle.num_topk), weights.dtype)
+                else self._backend.reserve((handle.num_tokens, handle.num_topk), weights.dtype)
             )
-        args.out, args.out_topk_weights = out.data_ptr(), address(out_weights)
+        args.out = out.address
+        args.out_topk_weights = 0 if out_weights is None else out_weights.address
         keep = (rows, weights, biases, handle, staged_x, staged_weights, out, out_weights)
         event = self._backend.combine(args, handle.memory, keep=keep, options=options)
-        return CombineResult(x=out, topk_weights=out_weights, event=event)
-
-    def _dispatch_fresh(
-        self,
-        args: DispatchArgs,
-        inputs: _Inputs,
-        handle: DispatchHandle,
-        options: CallOptions,
-    ) -> DispatchResult:
-        """Exchanges the counts, takes the memory they ask for, sends the rows."""
-        seq, host = self._backend.notify(args, handle.memory, options=options)
-        handle = replace(handle, seq=seq, num_rows=host.num_rows, host=host)
-        problem = ""
-        try:
-            memory = self._receive_memory(args, inputs, handle)
-        except EPDeviceError as error:  # every rank has to learn of it
-            memory, problem = None, str(error)
-        event = self._backend.send(
-            seq,
-            args,
-            handle.memory,
-            keep=(inputs, handle, memory),
-            error=problem,
-            options=options,
-        )
-        if memory is None:
-            event.wait()
-            raise EPDeviceError(problem)
-        return _dispatch_result(handle, memory, event)
+        return CombineResult(x=out.tensor(), topk_weights=tensor_of(out_weights), event=event)
 
     def refuse(self, reason: str) -> None:
         """Raises EPConfigError(reason) here and, naming this rank, on the peers."""
@@ -235,7 +214,9 @@ class HighThroughput:
     def _check_handle(self, handle: Any) -> DispatchHandle:
         return checks.check_handle(handle, DispatchHandle, self._identity)
 
-    def _new_handle(self, routing: NewRouting, num_tokens: int) -> DispatchHandle:
+    def _new_handle(
+        self, routing: NewRouting, num_tokens: int, options: CallOptions
+    ) -> DispatchHandle:
         """A handle whose routing the call will fill."""
         if routing.topk_idx is None:
             raise EPConfigError("topk_idx=None needs a handle")
@@ -244,10 +225,8 @@ class HighThroughput:
         checks.check_int("expert_alignment", routing.expert_alignment, low=1, high=1 << 20)
         if capacity is not None:
             checks.check_int("capacity", capacity, low=0, high=(1 << 31) - 1)
-        memory = RoutingMemory.allocate(
-            self._routing_sizes(layout, num_tokens, topk_idx.shape[1]),
-            device=self._backend.device,
-        )
+        sizes = self._routing_sizes(layout, num_tokens, topk_idx.shape[1])
+        words = self._backend.empty_words(RoutingMemory.num_words(**sizes), options=options)
         return DispatchHandle(
             owner=self._identity,
             seq=-1,
@@ -255,7 +234,7 @@ class HighThroughput:
             expert_alignment=routing.expert_alignment,
             capacity=capacity,
             num_rows=-1 if capacity is None else capacity,
-            memory=memory,
+            memory=RoutingMemory(words=words, **sizes),
         )
 
     def restore_handle(self, words: torch.Tensor, call: torch.Tensor) -> DispatchHandle:
@@ -319,58 +298,41 @@ class HighThroughput:
             num_threads=num_sms or self._num_sms,
         )
 
-    def _receive_memory(
-        self,
-        args: DispatchArgs,
-        inputs: _Inputs,
-        handle: DispatchHandle,
-    ) -> _Received:
-        """Takes the memory for `handle.num_rows` rows and writes its offsets into `args`."""
-        rows, weights = inputs.rows, inputs.weights
-        num_rows, num_topk = handle.num_rows, handle.num_topk
-        by_rank = handle.layout is Layout.RANK_MAJOR
-        allocate = self._backend.allocate
-        received = _Received(
-            x=allocate((num_rows, rows.hidden), rows.x.dtype),
-            scales=None
-            if rows.scales is None
-            else allocate((num_rows, rows.scales.shape[1]), rows.scales.dtype),
-            topk_idx=allocate((num_rows, num_topk), torch.int64)
-            if by_rank and args.sizes.handle_seq < 0
-            else None,
-            topk_weights=None
-            if weights is None
-            else allocate((num_rows, num_topk) if by_rank else (num_rows,), weights.dtype),
-        )
-        args.recv_x = self._offset(received.x)
-        args.recv_scales = self._offset(received.scales)
-        args.recv_topk_idx = self._offset(received.topk_idx)
-        args.recv_topk_weights = self._offset(received.topk_weights)
-        return received
-
-    def _offset(self, tensor: torch.Tensor | None) -> int:
-        """Offset in the pool; -1 for no tensor, 0 for an empty one, which nobody writes."""
-        return -1 if tensor is None else self._backend.pool_offset(tensor) or 0
-
-    def _in_pool(self, tensor: torch.Tensor | None) -> tuple[int, int, torch.Tensor | None]:
+    def _in_pool(self, tensor: torch.Tensor | None) -> tuple[int, int, Reservation | None]:
         """Where peers read the tensor: (offset, whether it must be copied there first, memory)."""
         if tensor is None:
             return -1, 0, None
         offset = self._backend.pool_offset(tensor)
         if offset is not None:
             return offset, 0, None
-        staging = self._backend.allocate(tuple(tensor.shape), tensor.dtype)
-        return self._offset(staging), 1, staging
+        staging = self._backend.reserve(tuple(tensor.shape), tensor.dtype)
+        return staging.offset, 1, staging
 
 
-def _dispatch_result(handle: DispatchHandle, memory: _Received, event: Event) -> DispatchResult:
+def _formats(inputs: _Inputs, handle: DispatchHandle) -> ReceiveFormat:
+    """What a dispatch fills: choices only if they are new, scales and weights if they are sent."""
+    rows, weights = inputs.rows, inputs.weights
+    by_rank = handle.layout is Layout.RANK_MAJOR
+    choices = (handle.num_topk,) if by_rank else ()
+    scales = rows.scales
+    return ReceiveFormat(
+        x=RowFormat(shape=(rows.hidden,), dtype=rows.x.dtype),
+        scales=None if scales is None else RowFormat(shape=(scales.shape[1],), dtype=scales.dtype),
+        topk_idx=RowFormat(shape=choices, dtype=torch.int64)
+        if by_rank and handle.seq < 0
+        else None,
+        topk_weights=None if weights is None else RowFormat(shape=choices, dtype=weights.dtype),
+    )
+
+
+def _dispatch_result(handle: DispatchHandle, memory: Received, event: Event) -> DispatchResult:
     by_expert = handle.layout is Layout.EXPERT_MAJOR
     counts = handle.host or handle.memory
     return DispatchResult(
-        recv_x=memory.x,
-        recv_scales=memory.scales,
-        recv_topk_idx=memory.topk_idx,
-        recv_topk_weights=memory.topk_weights,
+        recv_x=memory.x.tensor(),
+        recv_scales=tensor_of(memory.scales),
+        recv_topk_idx=tensor_of(memory.topk_idx),
+        recv_topk_weights=tensor_of(memory.topk_weights),
         num_recv_tokens_per_expert=counts.num_recv_tokens_per_expert,
         expert_offsets=counts.expert_offsets if by_expert else None,
         num_overflow=handle.memory.recv_sizes[2:3],

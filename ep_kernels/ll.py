@@ -39,6 +39,7 @@ SCALE_GROUP = 128
 class Region(Protocol):
     """The compiled calls of a backend, `cpu_ll.py` or `cuda_ll.py`."""
 
+    def choose_num_sms(self, wanted: int | None, *, default: int) -> int: ...
     def half_offsets(
         self, sizes: LlSizes, num_ranks: int, num_local_experts: int
     ) -> tuple[int, int, int]: ...

@@ -26,7 +26,7 @@ class Options:
     Attributes:
         num_chunks: chunks of a micro-batch whose transfers overlap with the experts of others, see
             overlap.py; 1 for none, "auto" for a choice by size.
-        num_sms: worker threads (CPU) of each transfer.
+        num_sms: worker threads (CPU) or SMs (GPU) of each transfer.
         timeout_s: how long a rank waits for a silent peer.
         pool_bytes: limit of the memory for results on this rank.
         num_local_ranks: ranks per node.

@@ -51,7 +51,7 @@ def enable_cpu() -> bool:
         return _enabled
     _import_quietly()
     for step in (
-        _define_fused_names,
+        define_fused_names,
         _use_cpu_as_current_device,
         _use_cpu_in_factories,
         _accept_cpu_tensor_types,
@@ -85,8 +85,10 @@ def _leave_as_is(function: Any = None, **options: Any) -> Any:
     return (lambda given: given) if function is None else function
 
 
-def _define_fused_names() -> None:
-    """moe_utils leaves these names undefined without Transformer Engine, yet reads them."""
+def define_fused_names() -> None:
+    """moe_utils leaves these names undefined without Transformer Engine, yet reads them; on GPUs,
+    too.
+    """
     from megatron.core.transformer.moe import moe_utils
 
     for name in (

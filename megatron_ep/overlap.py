@@ -1,12 +1,12 @@
 """The experts of a layer in chunks, so that tokens travel while experts compute.
 
 A micro-batch's tokens are cut into chunks. Transfers run on the buffer's stream (on the CPU: its
-thread), one after the other, experts on the caller's:
+thread), one after the other, experts on the caller's; two dispatches are ahead of the experts:
 
-    forward     transfers   D0 D1    C0 D2    C1        C2       D dispatch, C combine
-                experts        E0       E1       E2
-    backward    transfers   D2 D1    C2 D0    C1        C0       of gradients, with cached routing
-                experts        E2       E1       E0
+    forward     transfers   D0 D1  D2 C0  D3 C1  C2     C3      D dispatch, C combine
+                experts        E0     E1     E2     E3
+    backward    transfers   D3 D2  D1 C3  D0 C2  C1     C0      of gradients, with cached routing
+                experts        E3     E2     E1     E0
 
 Autograd would run the backward of one chunk to its end before it starts the next transfer, so the
 chunks together are one autograd Function, which keeps the graph of each chunk's experts and runs
@@ -22,7 +22,6 @@ Symbols as in token_dispatcher.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +29,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ep_kernels import Layout
+from megatron_ep.pipeline import CallStream, run_pipeline
 
 MAX_AUTO_CHUNKS = 4
 
@@ -126,42 +126,56 @@ class _Run:
     ) -> tuple[torch.Tensor, list[_Chunk]]:
         """Output, and the chunks for backward()."""
         chunks: list[_Chunk] = []
-        results = []
         num_chunks = len(self.topk_idx)
         inputs = zip(hidden.tensor_split(num_chunks), self.topk_idx, probs.tensor_split(num_chunks))
         buffer = self.layer.token_dispatcher.buffer(hidden.device)
-        for arrived in _one_ahead(self._dispatch(buffer, *one) for one in inputs):
+
+        def compute(arrived: Any) -> tuple[torch.Tensor, Any]:
             if not chunks:
                 self._start_shared_experts()
             arrived.event.current_stream_wait()
             chunks.append(self._compute(arrived))
-            output = chunks[-1].output.detach().contiguous()
-            results.append(buffer.combine(output, arrived.handle, async_op=True))
+            return chunks[-1].output.detach().contiguous(), arrived.handle
+
+        def send_back(output: torch.Tensor, handle: Any) -> Any:
+            return buffer.combine(output, handle, async_op=True)
+
+        results = run_pipeline(
+            (self._dispatch(buffer, *one) for one in inputs),
+            compute,
+            send_back,
+            calls=CallStream(hidden.device),
+        )
         return torch.cat([_wait(result).x for result in results]), chunks
 
     def backward(
         self, chunks: list[_Chunk], grad: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
         """Gradients of hidden, probs and the parameters."""
-        results = []
         totals: list[torch.Tensor | None] = [None] * len(self.parameters)
         buffer = self.layer.token_dispatcher.buffer(grad.device)
-        backwards = list(zip(chunks, grad.contiguous().tensor_split(len(chunks))))[::-1]
-        grads = (
-            buffer.dispatch(part, handle=chunk.handle, async_op=True) for chunk, part in backwards
-        )
-        for (chunk, _), arrived in zip(backwards, _one_ahead(grads)):
+        parts = grad.contiguous().tensor_split(len(chunks))[::-1]
+        remaining = iter(chunks[::-1])
+
+        def compute(arrived: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
+            chunk = next(remaining)
             arrived.event.current_stream_wait()
             rows, weights, *ours = self._differentiate(chunk, arrived.recv_x)
-            totals = [_add(total, one) for total, one in zip(totals, ours)]
-            results.append(
-                buffer.combine(
-                    _or_zeros(rows, chunk.rows),
-                    chunk.handle,
-                    topk_weights=_or_zeros(weights, chunk.weights),
-                    async_op=True,
-                )
-            )
+            totals[:] = [_add(total, one) for total, one in zip(totals, ours)]
+            return _or_zeros(rows, chunk.rows), _or_zeros(weights, chunk.weights), chunk.handle
+
+        def send_back(rows: torch.Tensor, weights: torch.Tensor, handle: Any) -> Any:
+            return buffer.combine(rows, handle, topk_weights=weights, async_op=True)
+
+        results = run_pipeline(
+            (
+                buffer.dispatch(part, handle=chunk.handle, async_op=True)
+                for chunk, part in zip(chunks[::-1], parts)
+            ),
+            compute,
+            send_back,
+            calls=CallStream(grad.device),
+        )
         done = [_wait(result) for result in reversed(results)]
         return (
             torch.cat([result.x for result in done]),
@@ -256,15 +270,6 @@ def _choose_num_chunks(topk_idx: torch.Tensor, num_local_experts: int, group: An
     )
     torch.distributed.all_reduce(rows_per_expert, torch.distributed.ReduceOp.MIN, group=group)
     return max(1, min(MAX_AUTO_CHUNKS, int(rows_per_expert) // MIN_AUTO_ROWS))
-
-
-def _one_ahead(started: Iterator[Any]) -> Iterator[Any]:
-    """The items of `started`, each one handed out after the next one was made."""
-    previous = next(started)
-    for item in started:
-        yield previous
-        previous = item
-    yield previous
 
 
 def _wait(result: Any) -> Any:

@@ -33,6 +33,7 @@ def pretrain(config: Config, ranks: Ranks) -> bool:
     from megatron_ep.data import build_datasets
     from megatron_ep.model import build_model
     from megatron_ep.tokenizer import make_tokenizer, model_vocab_size
+    from megatron_ep.trace import start_tracing
     from megatron_ep.training import Trainer, global_batch_size
 
     tokenizer = make_tokenizer(config.tokenizer)
@@ -40,21 +41,12 @@ def pretrain(config: Config, ranks: Ranks) -> bool:
         config, tokenizer, global_batch_size=global_batch_size(config, ranks.world_size)
     )
     if config.logging.trace is not None:
-        _start_tracing()
+        start_tracing()
     vocab_size = model_vocab_size(config.tokenizer, tokenizer)
     chunks = build_model(config, vocab_size=vocab_size, device=ranks.device)
     trainer = Trainer(config, ranks, chunks, datasets)
     _describe(config, ranks, trainer)
     return trainer.train()
-
-
-def _start_tracing() -> None:
-    from megatron_ep.trace import start_tracing
-
-    try:
-        start_tracing()
-    except ValueError as error:
-        raise ConfigError(f"logging.trace: {error}") from None
 
 
 def _describe(config: Config, ranks: Ranks, trainer: object) -> None:

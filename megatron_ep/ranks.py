@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from megatron_ep.config import Config, ConfigError, check_world_size
-from megatron_ep.cpu_compat import enable_cpu
+from megatron_ep.devices import choose_device, start_process_group
 
 logger = logging.getLogger("megatron_ep")
 
@@ -51,9 +51,16 @@ def start_ranks(config: Config) -> Ranks:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if problems := check_world_size(config, world_size):
         raise ConfigError("\n".join(problems))
-    device = _choose_device(config)
-    _start_process_group(config, device)
     sizes = config.parallelism
+    try:
+        device = choose_device(config.training.device)
+    except ValueError as error:
+        raise ConfigError(f"training.device = {error}") from None
+    start_process_group(
+        device,
+        backend=sizes.distributed_backend,
+        timeout=timedelta(minutes=sizes.distributed_timeout_minutes),
+    )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=sizes.tensor_model_parallel_size,
         pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
@@ -121,38 +128,6 @@ def ignore_known_warnings() -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
     for name in ("megatron.core", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _choose_device(config: Config) -> torch.device:
-    wanted = config.training.device
-    if wanted == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when CUDA is first used
-    if not torch.cuda.is_available():
-        if wanted == "cuda":
-            raise ConfigError("training.device = 'cuda', but torch finds no CUDA device")
-        enable_cpu()
-        return torch.device("cpu")
-    if wanted == "cpu":
-        raise ConfigError("training.device = 'cpu': CUDA is in use already in this process")
-    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
-
-
-def _start_process_group(config: Config, device: torch.device) -> None:
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost")):
-        os.environ.setdefault(name, value)
-    backend = config.parallelism.distributed_backend
-    if backend == "auto":
-        backend = "gloo" if device.type == "cpu" else "nccl"
-    timeout = timedelta(minutes=config.parallelism.distributed_timeout_minutes)
-    if "MASTER_PORT" not in os.environ:  # a single rank, without torchrun
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(
-            backend, store=store, rank=0, world_size=1, timeout=timeout
-        )
-    else:
-        torch.distributed.init_process_group(backend, timeout=timeout)
 
 
 def _set_seeds(seed: int) -> None:

@@ -1,25 +1,28 @@
-"""A timeline of transfers and experts on CPU ranks, and how much of the transfers experts hide.
+"""A timeline of transfers and experts, and how much of the transfers experts hide.
 
     tracer = start_tracing()              before the model is built
     with tracer.recording(): ...          the steps of interest
     write_trace(path, group spans)        for Perfetto or chrome://tracing
 
-A rank has two tracks: "experts", and "transfers" for dispatch and combine. A transfer that the
-caller does not wait for is drawn where it ran on the buffer's thread; the exchange of counts before
-it, for which every fresh dispatch waits, is drawn apart as "notify".
+A rank has two tracks: "experts", and "transfers" for dispatch and combine. On the CPU a transfer
+that the caller does not wait for is drawn where it ran on the buffer's thread; the exchange of
+counts before it, for which every fresh dispatch waits, is drawn apart as "notify". On a GPU a
+transfer begins when the one before it is over and its input is there, and includes the exchange of
+counts; experts are drawn from when their rows are there until their kernels are done.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_ep.trace_clocks import Clock, DeviceClock, HostClock
 
 EXPERTS, TRANSFERS = "experts", "transfers"
 
@@ -37,28 +40,51 @@ class Span:
 
 
 @dataclass(frozen=True)
+class _Run:
+    """Of the experts; moments of the clock."""
+
+    name: str
+    begin: Any
+    end: Any
+
+
+@dataclass(frozen=True)
 class _Call:
-    """A transfer whose event may be under way."""
+    """A transfer, whose event may be under way; moments of the clock.
+
+    Attributes:
+        begin, end: of the call itself.
+        over: when the transfer is; None if the event knows.
+    """
 
     name: str
     event: Any
-    begin_ns: int
-    end_ns: int
+    begin: Any
+    end: Any
+    over: Any
     is_fresh: bool
 
 
 class Tracer:
-    """Collects the spans of this rank while recording."""
+    """Collects the spans of this rank while recording.
 
-    def __init__(self) -> None:
+    Args:
+        clock: of the device where the rank works.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._is_recording = False
         self._spans: list[Span] = []
-        self._under_way: list[_Call] = []
-        self._begins: list[int] = []
+        self._calls: list[_Call] = []
+        self._runs: list[_Run] = []
+        self._begins: list[Any] = []
+        self._last_end_ns = 0
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Records inside of the block."""
+        self._clock.start()
         self._is_recording = True
         try:
             yield
@@ -66,35 +92,51 @@ class Tracer:
             self._is_recording = False
 
     def spans(self) -> list[Span]:
-        """All spans so far; waits for transfers under way."""
-        for call in self._under_way:
-            on_caller, elsewhere = (call.begin_ns, call.end_ns), call.event.interval()
-            if elsewhere is not None and call.is_fresh:
-                self._spans.append(Span(TRANSFERS, "notify", *on_caller))
-            self._spans.append(Span(TRANSFERS, call.name, *(elsewhere or on_caller)))
-        self._under_way.clear()
+        """All spans so far; waits for what is under way."""
+        read = self._clock.read
+        for call in self._calls:
+            self._spans += self._spans_of(call)
+        for run in self._runs:
+            self._spans.append(Span(EXPERTS, run.name, read(run.begin), read(run.end)))
+        self._calls.clear()
+        self._runs.clear()
         return self._spans
+
+    def _spans_of(self, call: _Call) -> list[Span]:
+        begin_ns = self._clock.read(call.begin)
+        if call.over is not None:
+            end_ns = self._clock.read(call.over)
+            begin_ns = min(end_ns, max(begin_ns, self._last_end_ns))
+            self._last_end_ns = end_ns
+            return [Span(TRANSFERS, call.name, begin_ns, end_ns)]
+        on_caller, elsewhere = (begin_ns, self._clock.read(call.end)), call.event.interval()
+        spans = [Span(TRANSFERS, call.name, *(elsewhere or on_caller))]
+        if elsewhere is not None and call.is_fresh:
+            spans.insert(0, Span(TRANSFERS, "notify", *on_caller))
+        return spans
 
     def trace_transfer(self, name: str, call: Callable[[], Any], *, is_fresh: bool = False) -> Any:
         """Makes a call of a buffer, whose result has an event; a fresh dispatch has a notify."""
-        begin_ns = time.monotonic_ns()
+        if not self._is_recording:
+            return call()
+        begin = self._clock.now()
         result = call()
-        if self._is_recording:
-            end_ns = time.monotonic_ns()
-            self._under_way.append(_Call(name, result.event, begin_ns, end_ns, is_fresh))
+        end, over = self._clock.now(), self._clock.after(result.event)
+        self._calls.append(_Call(name, result.event, begin, end, over, is_fresh))
         return result
 
     def watch_experts(self, experts: torch.nn.Module) -> None:
         """Records forwards and backwards of a module."""
 
         def begin(*_: Any) -> None:
-            self._begins.append(time.monotonic_ns())
+            self._begins.append(self._clock.now() if self._is_recording else None)
 
         def end(name: str) -> Callable[..., None]:
             def record(*_: Any) -> None:
-                begin_ns = self._begins.pop() if self._begins else time.monotonic_ns()
+                began = self._begins.pop() if self._begins else None
                 if self._is_recording:
-                    self._spans.append(Span(EXPERTS, name, begin_ns, time.monotonic_ns()))
+                    now = self._clock.now()
+                    self._runs.append(_Run(name, now if began is None else began, now))
 
             return record
 
@@ -127,15 +169,11 @@ class TracedBuffer:
 
 
 def start_tracing() -> Tracer:
-    """Layers and buffers made from now on are traced; ends any earlier tracing.
-
-    Raises:
-        ValueError: the ranks have GPUs, whose timeline torch.profiler shows.
+    """Layers and buffers made from now on are traced; ends any earlier tracing. With CUDA, the
+    current device is the rank's.
     """
     global _active
-    if torch.cuda.is_available():
-        raise ValueError("the timeline is for CPU ranks; for GPUs use torch.profiler or nsys")
-    _active = Tracer()
+    _active = Tracer(DeviceClock() if torch.cuda.is_available() else HostClock())
     return _active
 
 

@@ -240,14 +240,27 @@ def make_buffer(backend, *, group=None, case=None, **options):
     options.setdefault("pool_bytes", 256 << 20)
     if backend == "cuda":
         options.setdefault("device", f"cuda:{dist.get_rank() % torch.cuda.device_count()}")
-        return HostView(ep_kernels.Buffer(group, **options))
+        buffer = ep_kernels.Buffer(group, **options)
+        dirty(buffer, options["pool_bytes"] // 2)
+        return HostView(buffer)
     if backend == "nodes":
         size = make_bootstrap(group).num_ranks
         options.setdefault("num_local_ranks", 2 if size in (4, 6, 8) else 1)
         options.setdefault("staging_bytes", SMALL_STAGING_BYTES)
     buffer = ep_kernels.Buffer(group, device="cpu", **options)
-    # New memory is zero, used memory is not: what has to be zero must not be so by luck.
-    buffer.empty(2 << 20, dtype=torch.uint8).fill_(0x7F)
+    dirty(buffer, 2 << 20)
+    return buffer
+
+
+def dirty(buffer, num_bytes):
+    """New memory is zero, used memory is not: what has to be zero must not be so by luck."""
+    buffer.empty(num_bytes, dtype=torch.uint8).fill_(0x7F)
+
+
+def device_results(buffer):
+    """The same buffer; its results stay on its device, and a GPU's calls are not waited for."""
+    if isinstance(buffer, HostView):
+        return HostView(buffer.unwrapped, keeps_results=True)
     return buffer
 
 

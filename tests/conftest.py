@@ -13,10 +13,10 @@ import os
 import ll_cases
 import pytest
 import torch
+from backends import BACKENDS
 
 from ep_kernels.testing import RankPool, RankServer, launch
 
-BACKENDS = ("reference", "cpu", "nodes", *(["cuda"] if torch.cuda.is_available() else []))
 LL_BACKENDS = ("cpu", "cuda")
 
 
@@ -38,10 +38,15 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "exhaustive: slow; runs only with --exhaustive")
     config.addinivalue_line("markers", "cpu_only(reason): of a low-latency test, not for CUDA")
     config.addinivalue_line("markers", "large: needs about 8 GiB of memory")
+    config.addinivalue_line(
+        "markers",
+        "without_mps: kills ranks whose kernels run; behind an MPS server that is undefined",
+    )
     torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config, items):
+    deselect_backends(config, items)
     num_gpus = torch.cuda.device_count()
     for item in items:
         for name in ("benchmark", "exhaustive"):
@@ -51,8 +56,21 @@ def pytest_collection_modifyitems(config, items):
         gpu = item.get_closest_marker("gpu")
         if gpu and gpu.args[0] > num_gpus:
             item.add_marker(pytest.mark.skip(reason=f"needs {gpu.args[0]} GPUs, has {num_gpus}"))
+        if item.get_closest_marker("without_mps") and _is_on_gpu_through_mps(item):
+            item.add_marker(pytest.mark.skip(reason="without_mps: an MPS server is in use"))
         if item.get_closest_marker("large") and _available_gib() < 10:
             item.add_marker(pytest.mark.skip(reason="large: needs 10 GiB of free memory"))
+
+
+def deselect_backends(config, items):
+    """Also of tests that name their own: those that --backend leaves out."""
+    others = set(BACKENDS) - set(config.getoption("--backend") or BACKENDS)
+
+    def is_left_out(item):
+        return hasattr(item, "callspec") and item.callspec.params.get("backend") in others
+
+    config.hook.pytest_deselected(items=[item for item in items if is_left_out(item)])
+    items[:] = [item for item in items if not is_left_out(item)]
 
 
 def pytest_generate_tests(metafunc):
@@ -123,6 +141,12 @@ def launch_fixture(request, rank_server):
 @pytest.fixture
 def is_exhaustive(request):
     return request.config.getoption("--exhaustive")
+
+
+def _is_on_gpu_through_mps(item):
+    """scripts/with_mps.sh sets the variable."""
+    is_on_gpu = hasattr(item, "callspec") and item.callspec.params.get("backend") == "cuda"
+    return is_on_gpu and "CUDA_MPS_PIPE_DIRECTORY" in os.environ
 
 
 def _available_gib():

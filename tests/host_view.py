@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 
 import torch
 
 
-def _move(value, device):
-    if isinstance(value, torch.Tensor):
+def on_host(value):
+    """A tensor, None, or a result with its tensors on the CPU."""
+    if not is_dataclass(value):
+        return move(value, "cpu")
+    moved = {field.name: move(getattr(value, field.name), "cpu") for field in fields(value)}
+    return replace(value, **moved)
+
+
+def move(value, device):
+    """Tensors, also in sequences; what lies inside handles is the buffer's."""
+    if isinstance(value, torch.Tensor) and not value.is_meta:  # those are wrong on purpose
         return value.to(device)
     if isinstance(value, (tuple, list)):
-        return type(value)(_move(one, device) for one in value)
+        return type(value)(move(one, device) for one in value)
     return value
 
 
@@ -68,49 +77,52 @@ def _to_host(result, given, *, is_async):
 
 
 class HostView:
-    """Everything else is the buffer's own."""
+    """Everything else is the buffer's own.
 
-    def __init__(self, buffer):
-        self._buffer = buffer
+    Args:
+        buffer: on a GPU.
+        keeps_results: results stay on the device, and calls are not waited for.
+    """
+
+    def __init__(self, buffer, *, keeps_results=False):
+        self.unwrapped, self._keeps_results = buffer, keeps_results
 
     def __getattr__(self, name):
-        return getattr(self._buffer, name)
+        return getattr(self.unwrapped, name)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exc_info):
-        self._buffer.destroy()
+        self.unwrapped.destroy()
 
     def get_dispatch_layout(self, topk_idx):
-        return self._back(self._buffer.get_dispatch_layout(topk_idx.to(self._buffer.device)))
+        return on_host(self.unwrapped.get_dispatch_layout(move(topk_idx, self.device)))
 
     def dispatch(self, x, topk_idx=None, topk_weights=None, **options):
-        return self._call(self._buffer.dispatch, (x, topk_idx, topk_weights), options)
+        return self._call(self.unwrapped.dispatch, (x, topk_idx, topk_weights), options)
 
     def combine(self, x, handle, **options):
-        return self._call(self._buffer.combine, (x, handle), options)
+        return self._call(self.unwrapped.combine, (x, handle), options)
 
     def low_latency_dispatch(self, x, topk_idx, **options):
-        return self._low_latency(self._buffer.low_latency_dispatch, (x, topk_idx), options)
+        return self._low_latency(self.unwrapped.low_latency_dispatch, (x, topk_idx), options)
 
     def low_latency_combine(self, *arguments, **options):
-        return self._low_latency(self._buffer.low_latency_combine, arguments, options)
+        return self._low_latency(self.unwrapped.low_latency_combine, arguments, options)
 
     def _low_latency(self, method, arguments, options):
-        device = self._buffer.device
-        moved = {name: _move(value, device) for name, value in options.items()}
-        result = method(*(_move(one, device) for one in arguments), **moved)
+        device = self.unwrapped.device
+        moved = {name: move(value, device) for name, value in options.items()}
+        result = method(*(move(one, device) for one in arguments), **moved)
         given = [(value, moved[name]) for name, value in options.items() if _is_tensor(value)]
         return _to_host(result, given, is_async=options.get("async_op", False))
 
     def _call(self, method, arguments, options):
-        device = self._buffer.device
-        options = {name: _move(value, device) for name, value in options.items()}
-        result = method(*(_move(one, device) for one in arguments), **options)
+        device = self.device
+        options = {name: move(value, device) for name, value in options.items()}
+        result = method(*(move(one, device) for one in arguments), **options)
+        if self._keeps_results:
+            return result
         result.event.wait()
-        return self._back(result)
-
-    def _back(self, result):
-        moved = {f.name: _move(getattr(result, f.name), "cpu") for f in fields(result)}
-        return replace(result, **moved)
+        return on_host(result)

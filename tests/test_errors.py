@@ -8,11 +8,14 @@ import time
 import cases
 import pytest
 import torch
+from backends import backends
 from cases import Case, World
+from host_view import on_host
 
 from ep_kernels import reference
 from ep_kernels.config import Layout
 from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
+from ep_kernels.testing import assert_bitwise_equal
 
 THREE_RANKS = pytest.mark.parametrize("num_ranks", [3])
 CASE = Case(num_ranks=3, num_tokens=(6, 4, 9), num_topk=3, hidden=16)
@@ -303,7 +306,7 @@ def on_rank_scales_disagree(rank, backend):
 
 @THREE_RANKS
 def test_ranks_agree_on_dtype_and_number_of_scales(ranks, backend, num_ranks, request):
-    if backend in ("cpu", "nodes"):
+    if backend != "reference":
         reason = "fp32 and int32 scales are told apart by their size only"
         request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     ranks.run(on_rank_scales_disagree, backend)
@@ -337,11 +340,19 @@ def on_rank_bad_layout_call(rank, backend):
     with cases.make_buffer(backend, case=CASE) as buffer:
         if rank == 0:
             for bad, pattern in (
-                (put(6, 0, 0)(world.topk_idxs[0]), r"topk_idx\[0, 0\]=6\b"),
                 (world.topk_idxs[0].int(), "topk_idx.*int32"),
                 (world.topk_idxs[0][0], "topk_idx.*shape"),
             ):
                 check_message(error_of(buffer.get_dispatch_layout, bad), pattern)
+            for value in (6, 2**32, -2):
+                bad = put(value, 0, 0)(world.topk_idxs[0])
+                if backend == "cuda":  # where looking at values takes a synchronisation
+                    good = put(-1, 0, 0)(bad)
+                    want = reference.get_dispatch_layout(good, world.placement)
+                    assert_bitwise_equal(buffer.get_dispatch_layout(bad), want)
+                else:
+                    error = error_of(buffer.get_dispatch_layout, bad)
+                    check_message(error, rf"topk_idx\[0, 0\]={value}\b")
         cases.check_round_trip(buffer, world)
 
 
@@ -435,7 +446,8 @@ def test_use_after_destroy_is_refused(ranks, backend, num_ranks):
 def on_rank_async_errors(rank, backend, case):
     """Asynchronous calls report a peer's refusal when they are waited for, or at once."""
     world = World(case, rank)
-    with cases.make_buffer(backend, case=case) as buffer:
+    with cases.make_buffer(backend, case=case) as made:
+        buffer = cases.device_results(made)
         handle = cases.dispatch(buffer, world, world.xs()).handle
 
         def start_and_wait(bad):
@@ -449,12 +461,13 @@ def on_rank_async_errors(rank, backend, case):
         for _ in range(3):
             error = error_of(start_and_wait, rank == 1)
             check_message(error, "x.*shape" if rank == 1 else r"(?s)rank 1\b.*x.*shape")
-        cases.check_round_trip(buffer, world)
+        cases.check_round_trip(made, world)
 
 
 @THREE_RANKS
-def test_the_event_of_an_asynchronous_call_raises_its_error(ranks, num_ranks):
-    ranks.run(on_rank_async_errors, "cpu", CASE)
+@backends("cpu", "cuda")
+def test_the_event_of_an_asynchronous_call_raises_its_error(ranks, backend, num_ranks):
+    ranks.run(on_rank_async_errors, backend, CASE)
 
 
 def on_rank_many_refusals(rank, backend):
@@ -485,13 +498,14 @@ def on_rank_error_behind_calls(rank, backend, kind):
     bad = dict(num_sms=-1) if kind == "refusal" else dict(expert_alignment=4)
     num_rows = world.rows[rank].num_rows
     with cases.make_buffer(backend, case=case, num_sms=1) as buffer:
+        buffer = cases.device_results(buffer)
         for _ in range(3):
             result = buffer.dispatch(xs[rank], world.topk_idxs[rank], capacity=3050, async_op=True)
             few_rows = world.xs()[rank][:3], world.topk_idxs[rank][:3]
             error = error_of(buffer.dispatch, *few_rows, **(bad if rank == 2 else {}))
             check_message(error, "num_sms=-1|expert_alignment")
             result.event.wait()
-            last_rows = result.recv_x[num_rows - 10 : num_rows].clone()  # at once
+            last_rows = on_host(result.recv_x[num_rows - 10 : num_rows].clone())  # at once
             assert (last_rows == xs[2][0]).all()
             result.recv_x.zero_()  # the same memory comes again
             buffer.barrier()
@@ -499,8 +513,9 @@ def on_rank_error_behind_calls(rank, backend, kind):
 
 @THREE_RANKS
 @pytest.mark.parametrize("kind", ["refusal", "disagreement"])
-def test_an_error_does_not_disturb_the_calls_under_way(ranks, num_ranks, kind):
-    ranks.run(on_rank_error_behind_calls, "cpu", kind)
+@backends("cpu", "cuda")
+def test_an_error_does_not_disturb_the_calls_under_way(ranks, backend, num_ranks, kind):
+    ranks.run(on_rank_error_behind_calls, backend, kind)
 
 
 def on_rank_pool_full(rank, backend, case):
@@ -522,8 +537,57 @@ def on_rank_pool_full(rank, backend, case):
 
 
 @THREE_RANKS
-def test_a_full_pool_is_an_error_on_all_ranks_and_the_buffer_works_afterwards(ranks, num_ranks):
-    ranks.run(on_rank_pool_full, "cpu", CASE)
+@backends("cpu", "cuda")
+def test_a_full_pool_is_an_error_on_all_ranks_and_the_buffer_works_afterwards(
+    ranks, backend, num_ranks
+):
+    ranks.run(on_rank_pool_full, backend, CASE)
+
+
+def on_rank_error_that_nobody_waits_for(rank, backend, case):
+    """Rank 1 has no memory; the others learn it at their next call, and rank 1 with them."""
+    world = World(case, rank)
+    x, topk_idx = torch.zeros(400, 4096), torch.full((400, 1), 2)
+    with cases.make_buffer(backend, case=case, pool_bytes=16 << 20, timeout_s=20.0) as made:
+        buffer = cases.device_results(made)
+        for _ in range(2):
+            if rank == 1:
+                check_message(error_of(buffer.dispatch, x, topk_idx), "pool", EPDeviceError)
+            else:
+                buffer.dispatch(x, topk_idx)
+                torch.cuda.synchronize()
+            error = error_of(cases.dispatch, made, world, world.xs())
+            pattern = "rank 0 refused.*an earlier call failed" if rank == 1 else "rank 1.*pool"
+            check_message(error, pattern, EPError)
+            cases.check_round_trip(made, world)
+
+
+@THREE_RANKS
+@backends("cuda")
+def test_ranks_stay_in_step_when_nobody_waits_for_an_event(ranks, backend, num_ranks):
+    ranks.run(on_rank_error_that_nobody_waits_for, backend, CASE)
+
+
+def on_rank_wrong_device(rank, case):
+    """Tensors of the CPU for a buffer of a GPU."""
+    world = World(case, rank)
+    with cases.make_buffer("cuda", case=case) as buffer:
+        x, topk_idx = world.xs()[rank].to(buffer.device), world.topk_idxs[rank].to(buffer.device)
+        handle = buffer.unwrapped.dispatch(x, topk_idx).handle
+        for name, call in (
+            ("x", lambda: buffer.unwrapped.dispatch(x.cpu(), topk_idx)),
+            ("topk_idx", lambda: buffer.unwrapped.dispatch(x, topk_idx.cpu())),
+            ("x", lambda: buffer.unwrapped.combine(world.ys()[rank], handle)),
+            ("topk_idx", lambda: buffer.unwrapped.get_dispatch_layout(topk_idx.cpu())),
+        ):
+            check_message(error_of(call), f"{name}.*cpu")
+        cases.check_round_trip(buffer, world)
+
+
+@THREE_RANKS
+@pytest.mark.gpu(1)
+def test_tensors_on_the_cpu_are_refused_by_a_buffer_on_a_gpu(ranks, num_ranks):
+    ranks.run(on_rank_wrong_device, CASE)
 
 
 def on_rank_too_many_rows(rank, backend):
@@ -547,6 +611,29 @@ def on_rank_too_many_rows(rank, backend):
         buffer.barrier()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "nodes"])
+# NOTE: a rank of a GPU has too few experts for that many rows of padding.
+@backends("cpu", "nodes")
 def test_more_rows_than_can_be_numbered_are_refused_on_all_ranks(ranks, backend):
     ranks.run(on_rank_too_many_rows, backend)
+
+
+def on_rank_many_rows(rank, backend):
+    """Groups of 2 rows each that begin 2^20 rows apart."""
+    num_local, num_topk, alignment = 1024, 128, 1 << 20
+    case = Case(num_ranks=2, num_experts=2 * num_local)
+    topk_idx = (num_local + torch.arange(num_local)).view(-1, num_topk)
+    x = torch.ones(len(topk_idx), 16)
+    with cases.make_buffer(backend, case=case) as buffer:
+        result = buffer.dispatch(
+            x, topk_idx, layout=Layout.EXPERT_MAJOR, expert_alignment=alignment, capacity=10
+        )
+        num_rows = 0 if rank == 0 else alignment
+        want = torch.arange(num_local + 1) * num_rows
+        assert_bitwise_equal(result.expert_offsets, want, name="expert_offsets")
+        assert result.num_overflow.item() == (0 if rank == 0 else 2 * num_local - 2)
+        assert (result.recv_x[:2] == 1).all() or rank == 0
+
+
+@backends("cpu", "nodes", "cuda")
+def test_groups_may_begin_at_any_row_that_can_be_numbered(ranks, backend):
+    ranks.run(on_rank_many_rows, backend)

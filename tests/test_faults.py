@@ -1,9 +1,10 @@
 """Ranks that die, stop, leave early or never say goodbye.
 
 The others raise EPTimeoutError naming the rank: at once if its process has ended, after timeout_s
-if it is silent. The buffer refuses further use, what was received before stays valid, and neither
-/dev/shm nor the survivors' memory maps hold anything after destroy (`launch` checks what is left
-when all have gone).
+if it is silent; on a GPU, where nobody watches processes, after timeout_s in any case. The buffer
+refuses further use, what was received before stays valid, torch goes on computing on the GPU, and
+neither /dev/shm nor the survivors' memory maps hold anything after destroy (`launch` checks what is
+left when all have gone).
 
 Functions named `on_rank_...` run on every rank; each belongs to the tests below it. Nobody collects
 the exit codes of killed ranks before the survivors are through, so the dead are zombies meanwhile.
@@ -22,7 +23,9 @@ import cases
 import pytest
 import torch
 import torch.distributed as dist
+from backends import backends
 from cases import Case, World
+from host_view import on_host
 
 from ep_kernels.errors import EPError, EPTimeoutError
 from ep_kernels.testing.leaks import shm_mappings
@@ -31,6 +34,12 @@ VICTIM = 2
 CASE = Case(num_ranks=3, num_tokens=(40, 30, 50), num_topk=3)
 LONG_S = 30.0  # a timeout that no test waits for
 SOON_S = 3.0  # "at once" on a busy machine
+LOSS = {"cpu": (LONG_S, SOON_S), "cuda": (3.0, 2 * 3.0 + SOON_S)}
+"""A timeout of buffers, and how long it then takes until a rank is named whose process has ended. A
+call on a GPU has two waits, one after the other."""
+
+DEVICES = backends("cpu", "cuda")
+WITHOUT_MPS = pytest.mark.without_mps
 OPERATIONS = pytest.mark.parametrize(
     "operation", ["dispatch", "cached dispatch", "combine", "barrier"]
 )
@@ -50,21 +59,23 @@ def die_after(delay_s):
 class Group:
     """A buffer with one result received, and the calls that the tests interrupt."""
 
-    def __init__(self, rank, case=CASE, **options):
-        self.rank, self.world = rank, World(case, rank)
-        self.buffer = cases.make_buffer("cpu", case=case, **options)
+    def __init__(self, rank, backend, case=CASE, **options):
+        self.rank, self.backend, self.world = rank, backend, World(case, rank)
+        self.buffer = cases.make_buffer(backend, case=case, **options)
+        self.async_buffer = cases.device_results(self.buffer)
         self.xs, self.ys = self.world.xs(), self.world.ys()
-        self.result = cases.dispatch(self.buffer, self.world, self.xs)
+        self.result = cases.dispatch(self.async_buffer, self.world, self.xs)
         cases.check_combine(self.buffer, self.world, self.result.handle)
 
     def call(self, operation, **options):
+        buffer = self.async_buffer if options.get("async_op") else self.buffer
         if operation == "barrier":
-            return self.buffer.barrier()
+            return buffer.barrier()
         if operation == "combine":
-            return self.buffer.combine(self.ys[self.rank], self.result.handle, **options)
+            return buffer.combine(self.ys[self.rank], self.result.handle, **options)
         if operation == "cached dispatch":
-            return self.buffer.dispatch(self.xs[self.rank], handle=self.result.handle, **options)
-        return self.buffer.dispatch(
+            return buffer.dispatch(self.xs[self.rank], handle=self.result.handle, **options)
+        return buffer.dispatch(
             self.xs[self.rank],
             self.world.topk_idxs[self.rank],
             **self.world.case.dispatch_options,
@@ -84,8 +95,17 @@ class Group:
             refusal = error_of(self.call, operation)
             assert time.monotonic() - start < 1.0, operation
             assert any(f"rank {culprit}" in str(refusal) for culprit in culprits), str(refusal)
-        cases.check_dispatch_result(self.result, self.world, self.xs, name="received before")
+        cases.check_dispatch_result(
+            on_host(self.result), self.world, self.xs, name="received before"
+        )
+        self.check_gpu()
         self.destroy()
+
+    def check_gpu(self):
+        if self.backend == "cuda":
+            numbers = torch.arange(1000, device=self.buffer.device)
+            assert int((2 * numbers).sum()) == 999_000
+            torch.cuda.synchronize()
 
     def destroy(self):
         start = time.monotonic()
@@ -93,7 +113,8 @@ class Group:
         assert time.monotonic() - start < SOON_S
         self.result = None
         gc.collect()
-        assert not shm_mappings(), shm_mappings()
+        if self.backend == "cpu":  # CUDA has mappings of its own
+            assert not shm_mappings(), shm_mappings()
 
 
 def error_of(function, *args, **kwargs):
@@ -110,24 +131,27 @@ def timed_error_of(function, *args, **kwargs):
     return error_of(function, *args, **kwargs), time.monotonic() - start
 
 
-def on_rank_killed_before(rank, operation):
-    group = Group(rank, timeout_s=LONG_S)
+def on_rank_killed_before(rank, backend, operation):
+    timeout_s, soon_s = LOSS[backend]
+    group = Group(rank, backend, timeout_s=timeout_s)
     if rank == VICTIM:
         die()
     error, seconds = timed_error_of(group.call, operation)
-    assert seconds < SOON_S
+    assert seconds < soon_s
     group.check_failed(error)
 
 
+@DEVICES
 @OPERATIONS
-def test_a_rank_that_died_before_the_call_is_named_at_once(launch, operation):
-    result = launch(on_rank_killed_before, operation, num_ranks=3, lost=[VICTIM])
+def test_a_rank_that_died_before_the_call_is_named(launch, backend, operation):
+    result = launch(on_rank_killed_before, backend, operation, num_ranks=3, lost=[VICTIM])
     assert result.exit_codes == [0, 0, -signal.SIGKILL]
 
 
-def on_rank_killed_inside(rank, operation, is_async):
+def on_rank_killed_inside(rank, backend, operation, is_async):
     """Rank 0 comes late: when the victim dies it has announced the call, and waits for rank 0."""
-    group = Group(rank, timeout_s=LONG_S)
+    timeout_s, soon_s = LOSS[backend]
+    group = Group(rank, backend, timeout_s=timeout_s)
     if rank == VICTIM:
         die_after(0.2)
         group.call(operation)
@@ -141,27 +165,32 @@ def on_rank_killed_inside(rank, operation, is_async):
             group.call(operation)
 
     error, seconds = timed_error_of(call)
-    assert seconds < SOON_S
+    assert seconds < soon_s
     group.check_failed(error)
 
 
+@WITHOUT_MPS
+@DEVICES
 @OPERATIONS
-def test_a_rank_that_dies_inside_the_call_is_named_at_once(launch, operation):
-    launch(on_rank_killed_inside, operation, False, num_ranks=3, lost=[VICTIM])
+def test_a_rank_that_dies_inside_the_call_is_named(launch, backend, operation):
+    launch(on_rank_killed_inside, backend, operation, False, num_ranks=3, lost=[VICTIM])
 
 
+@WITHOUT_MPS
+@DEVICES
 @pytest.mark.parametrize("operation", ["dispatch", "cached dispatch", "combine"])
-def test_the_event_of_an_asynchronous_call_names_the_dead_rank(launch, operation):
-    launch(on_rank_killed_inside, operation, True, num_ranks=3, lost=[VICTIM])
+def test_the_event_of_an_asynchronous_call_names_the_dead_rank(launch, backend, operation):
+    launch(on_rank_killed_inside, backend, operation, True, num_ranks=3, lost=[VICTIM])
 
 
-def on_rank_killed_at_some_time(rank, case, delay_s):
+def on_rank_killed_at_some_time(rank, backend, case, delay_s):
     """Dispatch and combine in a loop until the victim is no more."""
-    group = Group(rank, case, timeout_s=LONG_S)
+    timeout_s, soon_s = LOSS[backend]
+    group = Group(rank, backend, case, timeout_s=timeout_s)
     dist.barrier()
     if rank == VICTIM:
         die_after(delay_s)
-    end = time.monotonic() + delay_s + 2 * SOON_S
+    end = time.monotonic() + delay_s + 2 * soon_s
 
     def work():
         while time.monotonic() < end:
@@ -171,8 +200,10 @@ def on_rank_killed_at_some_time(rank, case, delay_s):
     group.check_failed(error_of(work))
 
 
+@WITHOUT_MPS
+@DEVICES
 @pytest.mark.parametrize("number", range(8))
-def test_a_rank_that_dies_at_any_moment_is_named(launch, number, is_exhaustive):
+def test_a_rank_that_dies_at_any_moment_is_named(launch, backend, number, is_exhaustive):
     """Large rows in the odd tests: the victim dies while it copies."""
     rng = random.Random(number)
     case = replace(CASE, seed=number, capacity=(200, 200, 200) if number & 2 else None)
@@ -182,57 +213,64 @@ def test_a_rank_that_dies_at_any_moment_is_named(launch, number, is_exhaustive):
         case = replace(case, capacity=(400, 400, 400))
     for _ in range(10 if is_exhaustive else 1):
         delay_s = rng.uniform(0.001, 0.1)
-        launch(on_rank_killed_at_some_time, case, delay_s, num_ranks=3, lost=[VICTIM])
+        launch(on_rank_killed_at_some_time, backend, case, delay_s, num_ranks=3, lost=[VICTIM])
 
 
-def on_rank_two_killed(rank, victims):
-    group = Group(rank, Case(num_ranks=4, num_experts=8), timeout_s=LONG_S)
+def on_rank_two_killed(rank, backend, victims):
+    timeout_s, soon_s = LOSS[backend]
+    group = Group(rank, backend, Case(num_ranks=4, num_experts=8), timeout_s=timeout_s)
     if rank in victims:
         die()
     error, seconds = timed_error_of(group.call, "dispatch")
-    assert seconds < SOON_S
+    assert seconds < soon_s
     group.check_failed(error, culprits=victims)
 
 
+@DEVICES
 @pytest.mark.parametrize("victims", [(0, 3), (1, 2, 3)], ids=str)
-def test_of_several_dead_ranks_one_is_named(launch, victims):
-    launch(on_rank_two_killed, victims, num_ranks=4, lost=victims)
+def test_of_several_dead_ranks_one_is_named(launch, backend, victims):
+    launch(on_rank_two_killed, backend, victims, num_ranks=4, lost=victims)
 
 
-def on_rank_all_killed(rank):
-    group = Group(rank, timeout_s=LONG_S)
+def on_rank_all_killed(rank, backend):
+    group = Group(rank, backend, timeout_s=LONG_S)
     die_after(0.05)
     while True:
         group.call("dispatch")
 
 
-def test_when_all_ranks_are_killed_nothing_is_left(launch):
-    result = launch(on_rank_all_killed, num_ranks=3, lost=[0, 1, 2])
+@WITHOUT_MPS
+@DEVICES
+def test_when_all_ranks_are_killed_nothing_is_left(launch, backend):
+    result = launch(on_rank_all_killed, backend, num_ranks=3, lost=[0, 1, 2])
     assert result.exit_codes == [-signal.SIGKILL] * 3
 
 
-TIMEOUT_S = 1.0
+TIMEOUT_S = {"cpu": 1.0, "cuda": 2.0}
 
 
-def on_rank_stopped(rank, operation):
-    group = Group(rank, timeout_s=TIMEOUT_S)
+def on_rank_stopped(rank, backend, operation):
+    timeout_s = TIMEOUT_S[backend]
+    group = Group(rank, backend, timeout_s=timeout_s)
     if rank == VICTIM:
         os.kill(os.getpid(), signal.SIGSTOP)
         return
     time.sleep(0.1)
     error, seconds = timed_error_of(group.call, operation)
-    assert TIMEOUT_S <= seconds < TIMEOUT_S + SOON_S, seconds
+    clock_error_s = 0.05 if backend == "cuda" else 0.0
+    assert timeout_s - clock_error_s <= seconds < timeout_s + SOON_S, seconds
     group.check_failed(error)
 
 
+@DEVICES
 @OPERATIONS
-def test_a_silent_rank_is_named_after_the_timeout_and_not_before(launch, operation):
-    launch(on_rank_stopped, operation, num_ranks=3, lost=[VICTIM])
+def test_a_silent_rank_is_named_after_the_timeout_and_not_before(launch, backend, operation):
+    launch(on_rank_stopped, backend, operation, num_ranks=3, lost=[VICTIM])
 
 
-def on_rank_resumed(rank):
+def on_rank_resumed(rank, backend):
     """The victim, which would wait for long, wakes up when the others have given up on it."""
-    group = Group(rank, timeout_s=LONG_S if rank == VICTIM else TIMEOUT_S)
+    group = Group(rank, backend, timeout_s=LONG_S if rank == VICTIM else TIMEOUT_S[backend])
     pids = [None] * 3
     dist.all_gather_object(pids, os.getpid())
     if rank == VICTIM:
@@ -254,27 +292,29 @@ def on_rank_resumed(rank):
         group.check_failed(error)
 
 
-def test_a_rank_that_wakes_up_after_the_others_gave_up_learns_it_at_once(launch):
-    launch(on_rank_resumed, num_ranks=3)
+@DEVICES
+def test_a_rank_that_wakes_up_after_the_others_gave_up_learns_it_at_once(launch, backend):
+    launch(on_rank_resumed, backend, num_ranks=3)
 
 
-def on_rank_slow(rank, operation):
-    group = Group(rank, timeout_s=TIMEOUT_S)
+def on_rank_slow(rank, backend, operation):
+    group = Group(rank, backend, timeout_s=TIMEOUT_S[backend])
     for _ in range(2):
         if rank == VICTIM:
-            time.sleep(0.7 * TIMEOUT_S)
+            time.sleep(0.7 * TIMEOUT_S[backend])
         group.call(operation)
     cases.check_round_trip(group.buffer, group.world)
     group.destroy()
 
 
+@DEVICES
 @pytest.mark.parametrize("operation", ["dispatch", "combine"])
-def test_a_rank_that_is_late_by_less_than_the_timeout_is_waited_for(launch, operation):
-    launch(on_rank_slow, operation, num_ranks=3)
+def test_a_rank_that_is_late_by_less_than_the_timeout_is_waited_for(launch, backend, operation):
+    launch(on_rank_slow, backend, operation, num_ranks=3)
 
 
-def on_rank_destroys_early(rank, operation):
-    group = Group(rank, timeout_s=LONG_S)
+def on_rank_destroys_early(rank, backend, operation):
+    group = Group(rank, backend, timeout_s=LONG_S)
     if rank == VICTIM:
         time.sleep(0.1)
         group.destroy()
@@ -288,33 +328,36 @@ def on_rank_destroys_early(rank, operation):
     dist.barrier()
 
 
+@DEVICES
 @OPERATIONS
-def test_a_rank_that_destroyed_its_buffer_is_named_at_once(launch, operation):
-    launch(on_rank_destroys_early, operation, num_ranks=3)
+def test_a_rank_that_destroyed_its_buffer_is_named_at_once(launch, backend, operation):
+    launch(on_rank_destroys_early, backend, operation, num_ranks=3)
 
 
-def on_rank_leaves(rank, how):
-    group = Group(rank, timeout_s=LONG_S)
+def on_rank_leaves(rank, backend, how):
+    timeout_s, soon_s = (LONG_S, SOON_S) if how == "sys.exit" else LOSS[backend]
+    group = Group(rank, backend, timeout_s=timeout_s)
     if rank == VICTIM:
         time.sleep(0.1)
         if how == "sys.exit":
             sys.exit(0)
         os._exit(0)
     error, seconds = timed_error_of(group.call, "dispatch")
-    assert seconds < SOON_S
+    assert seconds < soon_s
     group.check_failed(error)
 
 
+@DEVICES
 @pytest.mark.parametrize("how", ["sys.exit", "os._exit"])
-def test_a_rank_that_leaves_python_is_named_at_once(launch, how):
-    launch(on_rank_leaves, how, num_ranks=3, lost=[VICTIM])
+def test_a_rank_that_leaves_python_is_named(launch, backend, how):
+    launch(on_rank_leaves, backend, how, num_ranks=3, lost=[VICTIM])
 
 
 _kept = []  # objects that are alive when the interpreter ends
 
 
-def on_rank_never_destroys(rank, what):
-    group = Group(rank, timeout_s=LONG_S)
+def on_rank_never_destroys(rank, backend, what):
+    group = Group(rank, backend, timeout_s=LONG_S)
     _kept.append(group)
     if what == "asynchronous calls":
         _kept.extend(group.call("combine", async_op=True) for _ in range(4))
@@ -326,15 +369,16 @@ def on_rank_never_destroys(rank, what):
         thread.start()
 
 
+@DEVICES
 @pytest.mark.parametrize("what", ["results", "asynchronous calls", "a cycle", "threads"])
-def test_python_may_end_without_destroy(launch, what):
+def test_python_may_end_without_destroy(launch, backend, what):
     """`launch` checks the exit codes, and that nothing is left."""
-    launch(on_rank_never_destroys, what, num_ranks=3, end_python=True)
+    launch(on_rank_never_destroys, backend, what, num_ranks=3, end_python=True)
 
 
-def on_rank_destroys_under_way(rank):
+def on_rank_destroys_under_way(rank, backend):
     """Rank 0 destroys its buffer while the others have not even made the calls."""
-    group = Group(rank, timeout_s=LONG_S)
+    group = Group(rank, backend, timeout_s=LONG_S)
     if rank > 0:
         time.sleep(0.3)
     results = [group.call("combine", async_op=True) for _ in range(3)]
@@ -342,27 +386,31 @@ def on_rank_destroys_under_way(rank):
     group.buffer.destroy()
     for result in results:
         result.event.wait()
-        assert torch.equal(result.x, want.x)
+        assert torch.equal(on_host(result.x), want.x)
 
 
-@pytest.mark.xfail(strict=True, reason="destroy() refuses the calls that it should wait for")
-def test_destroy_waits_for_the_calls_under_way(launch):
-    launch(on_rank_destroys_under_way, num_ranks=3)
+@DEVICES
+def test_destroy_waits_for_the_calls_under_way(launch, backend, request):
+    if backend == "cpu":
+        reason = "destroy() refuses the calls that it should wait for"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    launch(on_rank_destroys_under_way, backend, num_ranks=3)
 
 
-def on_rank_other_buffers(rank):
+def on_rank_other_buffers(rank, backend):
     """The group of ranks 0 and 1 does not notice that rank 2 is dead."""
     pair = dist.new_group([0, 1])
-    everyone = Group(rank, timeout_s=LONG_S)
+    everyone = Group(rank, backend, timeout_s=LOSS[backend][0])
     if rank == VICTIM:
         die()
     world = World(Case(), rank)
-    with cases.make_buffer("cpu", group=pair, case=world.case) as buffer:
+    with cases.make_buffer(backend, group=pair, case=world.case) as buffer:
         cases.check_round_trip(buffer, world)
         error = error_of(everyone.call, "dispatch")
         cases.check_round_trip(buffer, world)
     everyone.check_failed(error)
 
 
-def test_a_failed_buffer_leaves_the_others_alone(launch):
-    launch(on_rank_other_buffers, num_ranks=3, lost=[VICTIM])
+@DEVICES
+def test_a_failed_buffer_leaves_the_others_alone(launch, backend):
+    launch(on_rank_other_buffers, backend, num_ranks=3, lost=[VICTIM])

@@ -3,6 +3,8 @@
 import cases
 import pytest
 import torch
+from backends import backends
+from host_view import on_host
 
 from ep_kernels.config import Layout
 
@@ -35,20 +37,22 @@ def on_rank_large(rank, backend, layout):
     """All tokens of both ranks go to expert 0; those of rank 1 straddle byte 2**31 of rank 0."""
     topk_idx = torch.zeros(NUM_TOKENS, 1, dtype=torch.int64)
     with cases.make_buffer(backend, num_experts=2, pool_bytes=6 << 30) as buffer:
+        buffer = cases.device_results(buffer)
         result = buffer.dispatch(marked_rows(rank), topk_idx, layout=layout)
         assert len(result.recv_x) == (2 * NUM_TOKENS if rank == 0 else 0)
         assert rank == 1 or result.recv_x.nbytes > 2**31
         if rank == 0:
-            check_marked_rows(result.recv_x[:NUM_TOKENS], 0)
-            check_marked_rows(result.recv_x[NUM_TOKENS:], 1)
+            check_marked_rows(on_host(result.recv_x[:NUM_TOKENS]), 0)
+            check_marked_rows(on_host(result.recv_x[NUM_TOKENS:]), 1)
         combined = buffer.combine(result.recv_x, result.handle)
         del result
-        check_marked_rows(combined.x, rank)
+        check_marked_rows(on_host(combined.x), rank)
 
 
 @pytest.mark.large
+@backends("cpu", "cuda")
 @pytest.mark.parametrize(
     "layout", [Layout.RANK_MAJOR, pytest.param(Layout.EXPERT_MAJOR, marks=pytest.mark.exhaustive)]
 )
-def test_offsets_past_two_gigabytes_are_correct(launch, layout):
-    launch(on_rank_large, "cpu", layout, num_ranks=2, deadline_s=120)
+def test_offsets_past_two_gigabytes_are_correct(launch, backend, layout):
+    launch(on_rank_large, backend, layout, num_ranks=2, deadline_s=120)

@@ -13,7 +13,9 @@ import cases
 import pytest
 import torch
 import torch.distributed as dist
+from backends import backends
 from cases import Case, World
+from host_view import on_host
 
 from ep_kernels import reference
 from ep_kernels.config import Layout
@@ -160,11 +162,12 @@ def on_rank_more_calls_than_slots(rank, backend, case):
     ys = world.ys()
     with cases.make_buffer(backend, case=case) as buffer:
         handle = cases.dispatch(buffer, world, world.xs()).handle
-        started = [buffer.combine(ys[rank], handle, async_op=True) for _ in range(40)]
+        async_buffer = cases.device_results(buffer)
+        started = [async_buffer.combine(ys[rank], handle, async_op=True) for _ in range(40)]
         want = world.combine_result(ys, buffer=buffer)
         for i, result in enumerate(started):
             result.event.wait()
-            assert_bitwise_equal(result.x, want.x, name=f"combine {i}")
+            assert_bitwise_equal(on_host(result.x), want.x, name=f"combine {i}")
 
 
 def test_any_number_of_asynchronous_calls_may_be_started(ranks, backend):
@@ -188,6 +191,7 @@ def on_rank_chain(rank, backend, case):
         cases.make_buffer(backend, case=case) as buffer,
         cases.make_buffer(backend, case=case) as other,
     ):
+        buffer, other = cases.device_results(buffer), cases.device_results(other)
         for second in (buffer, other):  # an event of another buffer orders calls as well
             first = buffer.dispatch(
                 xs[rank],
@@ -209,7 +213,7 @@ def on_rank_chain(rank, backend, case):
             )
             again.event.current_stream_wait()
             want = world.combine_result(recv, buffer=second)
-            assert_bitwise_equal(combined.x, want.x, name="combine")
+            assert_bitwise_equal(on_host(combined.x), want.x, name="combine")
             sums = [
                 reference.combine(
                     recv,
@@ -222,7 +226,7 @@ def on_rank_chain(rank, backend, case):
                 for src, idx in enumerate(world.topk_idxs)
             ]
             want = world.dispatch_result(sums)
-            assert_bitwise_equal(again.recv_x, want.recv_x, name="second dispatch")
+            assert_bitwise_equal(on_host(again.recv_x), want.recv_x, name="second dispatch")
 
 
 @LAYOUTS
@@ -253,7 +257,7 @@ def on_rank_pool_tensors(rank, backend, case):
             y.copy_(ys[rank])
             got = buffer.combine(y, handle)
             assert_bitwise_equal(got.x, want.x, name=f"combine of a tensor {name}")
-            assert_bitwise_equal(y, ys[rank], name=f"the tensor {name}, afterwards")
+            assert_bitwise_equal(on_host(y), ys[rank], name=f"the tensor {name}, afterwards")
         cases.check_combine(buffer, world, handle, in_pool=True)
         empty = buffer.empty(0, hidden, dtype=torch.float32)
         assert (empty.shape, empty.dtype) == ((0, hidden), torch.float32)
@@ -287,16 +291,17 @@ def on_rank_results_after_destroy(rank, backend, case):
     world = World(case, rank)
     xs, ys = world.xs(), world.ys()
     buffer = cases.make_buffer(backend, case=case)
-    result = cases.dispatch(buffer, world, xs)
-    combined = buffer.combine(ys[rank], result.handle)
+    keeping = cases.device_results(buffer)
+    result = cases.dispatch(keeping, world, xs)
+    combined = keeping.combine(ys[rank], result.handle)
     want = world.combine_result(ys, buffer=buffer)
     tensor = buffer.empty(3, 5, dtype=torch.float32).fill_(7.0)
     buffer.destroy()
-    del buffer
+    del buffer, keeping
     gc.collect()
-    cases.check_dispatch_result(result, world, xs)
-    assert_bitwise_equal(combined.x, want.x)
-    assert_bitwise_equal(tensor, torch.full((3, 5), 7.0))
+    cases.check_dispatch_result(on_host(result), world, xs)
+    assert_bitwise_equal(on_host(combined.x), want.x)
+    assert_bitwise_equal(on_host(tensor), torch.full((3, 5), 7.0))
 
 
 def test_results_outlive_their_buffer(ranks, backend):
@@ -440,7 +445,8 @@ def on_rank_properties(rank, backend):
         assert (buffer.rank, buffer.num_ranks, buffer.num_experts) == (rank, 2, 5)
         assert buffer.local_experts == [[1, 4], [0, 2, 3]][rank]
         assert buffer.num_local_experts == [2, 3][rank]
-        assert buffer.device == torch.device("cpu")
+        gpu = torch.device("cuda", rank % max(1, torch.cuda.device_count()))
+        assert buffer.device == (gpu if backend == "cuda" else torch.device("cpu"))
         assert (buffer.timeout_s, buffer.num_sms) == (12.5, 3)
     buffer.destroy()  # idempotent
 
@@ -469,7 +475,7 @@ def on_rank_mpi_communicator(rank, backend, case):
         cases.check_round_trip(buffer, World(case, rank))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@backends("reference", "cpu", "cuda")
 def test_a_buffer_is_built_from_an_mpi_communicator(ranks, backend):
     ranks.run(on_rank_mpi_communicator, backend, Case())
 

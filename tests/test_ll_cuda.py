@@ -54,8 +54,7 @@ class OnDevice:
 
 def make_buffer(case, **options) -> Buffer:
     """Without the view for tests on host tensors."""
-    view = ll_cases.make_ll_buffer(case, **options)
-    return view._buffer
+    return ll_cases.make_ll_buffer(case, **options).unwrapped
 
 
 def check(result, combined, world):

@@ -9,10 +9,13 @@ from ep_kernels import _native, doctor
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [
+    "scripts/bench_node.sh",
+    "scripts/check_gpu_training.sh",
     "scripts/quickstart.sh",
     "scripts/test.sh",
     "scripts/lint.sh",
     "scripts/setup_env.sh",
+    "scripts/sanitize_cuda.sh",
     "scripts/slurm/submit.sh",
 ]
 

@@ -2,6 +2,7 @@
 
     python -m ep_kernels.bench --ranks 2
     python -m ep_kernels.bench --ranks 2 --low-latency
+    python -m ep_kernels.bench --device cuda --ranks 8 --num-sms 8 16
 
 What is timed, on every rank, in this order again and again:
 
@@ -17,6 +18,13 @@ An operation's time is that of its slowest rank. Its floor is the bytes of rows 
 and write, over the memcpy rate. The ranks are started by this program, with mpirun if the MPI
 baseline runs.
 
+With --device cuda it is the calls on GPUs, by CUDA events and by the host's clock, with cold
+caches, for each --num-sms: along the routing of a handle, and from the router's output to rows in
+the order of their experts; then NCCL, where every rank has a GPU of its own. The floor is the bytes
+over the rates at which all ranks copied in the same run, within and between the GPUs.
+
 Modules: workload (sizes, inputs, bytes) - contenders, baseline, low_latency, transports (what is
 timed) - timing - worker (one rank) - launcher (all ranks) - report (table, JSON lines) - cli.
+On GPUs: cuda_ops, cuda_baseline (what is timed) - cuda_copies, cuda_floors (limits) - cuda_timing -
+cuda_worker (one rank) - cuda_report - cuda_cli - plot.
 """

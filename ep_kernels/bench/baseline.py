@@ -7,7 +7,7 @@ Two ways, the faster of which is timed:
     Expanded       a row travels once per (token, expert)
 
 Both leave the rows of EXPERT_MAJOR, in its order. Permutations are single vectorised calls into
-memory that is allocated once. Sums accumulate in fp32.
+memory that is allocated once, where the inputs are. Sums accumulate in fp32.
 Symbols: R ranks, L experts per rank, T tokens, K choices, H hidden; M rows by expert, N by rank.
 """
 
@@ -38,7 +38,8 @@ class Baseline(Protocol):
 class Workspace:
     """Tensors that keep their memory from call to call."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = device
         self._memory: dict[str, torch.Tensor] = {}
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -46,7 +47,7 @@ class Workspace:
         numel = math.prod(shape)
         memory = self._memory.get(name)
         if memory is None or memory.numel() < numel:
-            memory = self._memory[name] = torch.empty(numel, dtype=dtype)
+            memory = self._memory[name] = torch.empty(numel, dtype=dtype, device=self._device)
         return memory[:numel].view(shape)
 
     def select(self, name: str, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -64,13 +65,13 @@ class Deduplicated:
         self._transport = transport
         self._workload = workload
         self._inputs = inputs
-        self._workspace = Workspace()
+        self._workspace = Workspace(inputs.x.device)
 
     def dispatch_rank_major(self) -> torch.Tensor:
         """Returns rows [N, H] by source rank, then token; `recv_choices` tells their experts."""
         inputs, workload = self._inputs, self._workload
         chosen_rank = _chosen_rank(inputs.topk_idx, workload)
-        ranks = torch.arange(workload.num_ranks)
+        ranks = torch.arange(workload.num_ranks, device=chosen_rank.device)
         is_sent = (chosen_rank == ranks[:, None, None]).any(-1)
         dst_rank, self._token = is_sent.nonzero(as_tuple=True)
         num_sent = is_sent.sum(1)
@@ -119,7 +120,7 @@ class Expanded:
         self._transport = transport
         self._workload = workload
         self._inputs = inputs
-        self._workspace = Workspace()
+        self._workspace = Workspace(inputs.x.device)
 
     def dispatch_expert_major(self) -> torch.Tensor:
         inputs, workload = self._inputs, self._workload
@@ -158,7 +159,7 @@ def _chosen_rank(topk_idx: torch.Tensor, workload: Workload) -> torch.Tensor:
 def _inverse(permutation: torch.Tensor) -> torch.Tensor:
     """[2, 0, 1] -> [1, 2, 0]."""
     inverse = torch.empty_like(permutation)
-    inverse[permutation] = torch.arange(permutation.numel())
+    inverse[permutation] = torch.arange(permutation.numel(), device=permutation.device)
     return inverse
 
 
@@ -173,7 +174,8 @@ def _by_expert(num_rows: torch.Tensor) -> torch.Tensor:
     starts = (num_rows.flatten().cumsum(0) - num_rows.flatten()).view_as(num_rows)
     sizes, starts = num_rows.T.flatten(), starts.T.flatten()
     first_of_block = sizes.cumsum(0) - sizes
-    return torch.repeat_interleave(starts - first_of_block, sizes) + torch.arange(int(sizes.sum()))
+    shifts = torch.repeat_interleave(starts - first_of_block, sizes)
+    return shifts + torch.arange(shifts.numel(), device=shifts.device)
 
 
 def _sum_bags(rows: torch.Tensor, index: torch.Tensor, bag_sizes: torch.Tensor) -> torch.Tensor:

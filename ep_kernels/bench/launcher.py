@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ep_kernels.bench.worker import Job
@@ -42,20 +43,36 @@ def run_ranks(job: Job, *, timeout_s: float) -> dict[str, Any]:
     Raises:
         LaunchError: a rank failed, or the time is over.
     """
+    environment = MALLOC_SETTINGS | {"OMP_NUM_THREADS": str(job.workload.num_threads)}
+    run_commands(_commands(job), environment=environment, timeout_s=timeout_s)
+    results: dict[str, Any] = json.loads(job.results_file.read_text())
+    return results
+
+
+def run_commands(
+    commands: Sequence[Sequence[str]], *, environment: Mapping[str, str], timeout_s: float
+) -> None:
+    """Runs commands at the same time, each in a session of its own, until all have succeeded.
+
+    Args:
+        commands: with their arguments.
+        environment: added to that of this process.
+        timeout_s: for all of them.
+
+    Raises:
+        LaunchError: one failed, or the time is over. The others are ended then.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the ranks are ended, too
-    environment = os.environ | MALLOC_SETTINGS
-    environment["OMP_NUM_THREADS"] = str(job.workload.num_threads)
-    # start_new_session: one signal reaches mpirun and all that it started.
-    processes = [
-        subprocess.Popen(command, env=environment, start_new_session=True)
-        for command in _commands(job)
-    ]
+    processes: list[subprocess.Popen[bytes]] = []
     try:
+        for command in commands:
+            # start_new_session: one signal reaches mpirun and all that it started.
+            processes.append(
+                subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
+            )
         _wait(processes, timeout_s)
     finally:
         _end(processes)
-    results: dict[str, Any] = json.loads(job.results_file.read_text())
-    return results
 
 
 def _commands(job: Job) -> list[list[str]]:

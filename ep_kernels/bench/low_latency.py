@@ -14,7 +14,7 @@ import torch
 
 from ep_kernels import reference
 from ep_kernels.bench.contenders import Contender
-from ep_kernels.bench.transports import GlooTransport, MpiTransport, Transport
+from ep_kernels.bench.transports import GroupTransport, MpiTransport, Transport
 from ep_kernels.bench.workload import (
     LL_COMBINE,
     LL_DISPATCH,
@@ -47,7 +47,7 @@ def low_latency_contenders(
             ours.check()
             contenders.append(ours)
         else:
-            transport = GlooTransport() if name == "gloo" else MpiTransport(comm)
+            transport = GroupTransport("gloo") if name == "gloo" else MpiTransport(comm)
             contenders.append(AllToAll(transport, workload, inputs))
     return contenders
 

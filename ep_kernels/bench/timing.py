@@ -31,11 +31,11 @@ def time_op(op: Callable[[], Any], *, agree: bool = False) -> float:
         op: what to time; it may communicate.
         agree: return the time of the slowest rank, on all ranks.
     """
-    _start_together()
+    start_together()
     begin = time.perf_counter_ns()
     op()
     duration = (time.perf_counter_ns() - begin) * 1e-9
-    return _max_over_ranks(duration) if agree else duration
+    return max_over_ranks(duration) if agree else duration
 
 
 def summarise(durations: Sequence[Sequence[float]]) -> Stats:
@@ -47,20 +47,21 @@ def summarise(durations: Sequence[Sequence[float]]) -> Stats:
     return Stats(median=median, p95=p95, minimum=slowest[0])
 
 
-def _start_together() -> None:
+def start_together() -> None:
     """Returns at the same moment on all ranks of the machine, whose clock they share.
 
     NOTE: the last stretch is spun, since sleeping ends late; a barrier would let ranks go one by
     one.
     """
-    start = int(_max_over_ranks(time.monotonic_ns(), torch.int64)) + START_DELAY_NS
+    start = int(max_over_ranks(time.monotonic_ns(), torch.int64)) + START_DELAY_NS
     if (remaining := start - time.monotonic_ns() - SPIN_NS) > 0:
         time.sleep(remaining * 1e-9)
     while time.monotonic_ns() < start:
         pass
 
 
-def _max_over_ranks(value: float, dtype: torch.dtype = torch.float64) -> float:
+def max_over_ranks(value: float, dtype: torch.dtype = torch.float64) -> float:
+    """The largest value of all ranks, on all ranks."""
     largest = torch.tensor([value], dtype=dtype)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest.item()

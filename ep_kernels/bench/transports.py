@@ -24,13 +24,11 @@ class Transport(Protocol):
         """Sends `rows` [sum(send), ...] into `out` [sum(recv), ...], by rank, both contiguous."""
 
 
-class GlooTransport:
-    """torch.distributed.all_to_all_single over a gloo group."""
+class GroupTransport:
+    """torch.distributed.all_to_all_single over gloo for CPU tensors, NCCL for CUDA ones."""
 
-    name = "gloo"
-
-    def __init__(self, group: Any = None) -> None:
-        self._group = group
+    def __init__(self, name: str, group: Any = None) -> None:
+        self.name, self._group = name, group
 
     def exchange_counts(self, counts: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(counts)

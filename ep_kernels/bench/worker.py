@@ -23,7 +23,7 @@ from ep_kernels import reference
 from ep_kernels.bench.contenders import Contender, EpKernels, Memcpy, PermuteAllToAll
 from ep_kernels.bench.low_latency import low_latency_contenders, region_bytes
 from ep_kernels.bench.timing import summarise, time_op
-from ep_kernels.bench.transports import GlooTransport, MpiTransport
+from ep_kernels.bench.transports import GroupTransport, MpiTransport
 from ep_kernels.bench.workload import (
     COMBINE,
     DISPATCH,
@@ -144,7 +144,7 @@ def _make_contenders(job: Job, inputs: Inputs, buffer: Buffer | None, comm: Any)
             assert buffer is not None
             contenders.append(EpKernels(buffer, job.workload, inputs))
         else:
-            transport = GlooTransport() if name == "gloo" else MpiTransport(comm)
+            transport = GroupTransport("gloo") if name == "gloo" else MpiTransport(comm)
             contenders.append(
                 PermuteAllToAll(transport, job.workload, inputs, rows=job.baseline_rows)
             )

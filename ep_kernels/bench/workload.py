@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ep_kernels.testing.routing import make_routing
+from ep_kernels.testing.routing import make_routing, zipf
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -36,6 +36,7 @@ class Workload:
         layouts: which of "rank_major", "expert_major" dispatch and combine are timed in.
         num_threads: threads of each rank.
         seed: of inputs and routing.
+        zipf_exponent: of routing "zipf".
         low_latency: time the low-latency calls instead.
         zero_copy: low-latency combine reads its rows where the experts wrote them.
     """
@@ -50,6 +51,7 @@ class Workload:
     layouts: tuple[str, ...]
     num_threads: int
     seed: int
+    zipf_exponent: float = 1.0
     low_latency: bool = False
     zero_copy: bool = False
 
@@ -92,17 +94,23 @@ class Inputs:
 
 def make_inputs(workload: Workload, rank: int) -> Inputs:
     """The tokens of a rank; different on every rank."""
-    seed = workload.seed * 1000 + rank
-    topk_idx, topk_weights = make_routing(
-        workload.routing,
-        workload.num_tokens,
-        workload.num_topk,
-        workload.num_experts,
-        seed=seed,
-    )
-    generator = torch.Generator().manual_seed(seed)
+    topk_idx, topk_weights = make_topk(workload, rank)
+    generator = torch.Generator().manual_seed(_seed(workload, rank))
     x = torch.randn(workload.num_tokens, workload.hidden, generator=generator)
     return Inputs(x=x.to(DTYPES[workload.dtype]), topk_idx=topk_idx, topk_weights=topk_weights)
+
+
+def make_topk(workload: Workload, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """topk_idx and topk_weights of a rank, known to all of them."""
+    sizes = (workload.num_tokens, workload.num_topk, workload.num_experts)
+    seed = _seed(workload, rank)
+    if workload.routing == "zipf":
+        return zipf(*sizes, exponent=workload.zipf_exponent, seed=seed)
+    return make_routing(workload.routing, *sizes, seed=seed)
+
+
+def _seed(workload: Workload, rank: int) -> int:
+    return workload.seed * 1000 + rank
 
 
 def bytes_to_move(workload: Workload, topk_idx: torch.Tensor) -> dict[str, int]:

@@ -123,7 +123,7 @@ class ParallelismSection(Section):
     overlap_param_gather: bool = False
     """Gather weights of the distributed optimizer while the forward pass runs."""
     distributed_backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """Backend of torch.distributed; auto is nccl on GPUs and gloo on CPUs."""
+    """Backend of torch.distributed; auto is nccl for GPUs that no ranks share, else gloo."""
     distributed_timeout_minutes: PositiveInt = 30
     """How long a collective of torch.distributed waits."""
 
@@ -325,7 +325,7 @@ class LoggingSection(Section):
     moe_per_layer_logging: bool = True
     """Report the load of experts for each layer."""
     trace: str | None = None
-    """Timeline of transfers and experts in some steps, a JSON file for Perfetto; CPU ranks only."""
+    """Timeline of transfers and experts in some steps, a JSON file for Perfetto."""
     trace_first_step: PositiveInt = 5
     """First step of the timeline."""
     trace_num_steps: PositiveInt = 3

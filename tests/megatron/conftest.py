@@ -1,21 +1,70 @@
-"""Fixtures of the training entry's tests: programs, data, and Megatron in this process."""
+"""Fixtures of the training entry's tests: programs, data, and Megatron in this process.
 
+Ranks work on the CPU, also where there is a GPU; a test marked over_devices runs on both.
+"""
+
+import contextlib
 import json
 import random
 
+import moe_layers
 import pytest
-from moe_layers import import_megatron
+import rank_devices
+import torch
 from programs import TIMEOUT_S, Programs
+
+from ep_kernels.testing import RankPool
 
 TEXT = "each token goes to the experts that the router chose and comes back as one sum"
 NUM_DOCUMENTS = 100
 WORDS_PER_DOCUMENT = 400
 
 
+START_S = 180.0
+"""Time for ranks to import Megatron and to find their device."""
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "over_devices: also runs on GPUs, where there is one")
+
+
+def pytest_generate_tests(metafunc):
+    is_meant = metafunc.definition.get_closest_marker("over_devices")
+    if is_meant and torch.cuda.is_available() and "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", ["cpu", "cuda"])
+
+
+@pytest.fixture
+def device():
+    return "cpu"
+
+
+@pytest.fixture(scope="session")
+def pools(rank_server, rank_pool):
+    """Ranks by the device on which they work. Where there is a GPU, others of the common pool may
+    have used it.
+    """
+    if not torch.cuda.is_available():
+        yield {"cpu": rank_pool}
+        return
+    with contextlib.ExitStack() as stack:
+        yield {kind: stack.enter_context(RankPool(rank_server)) for kind in ("cpu", "cuda")}
+
+
+@pytest.fixture
+def ranks(pools, device, num_ranks):
+    ranks = pools[device].get(num_ranks)
+    ranks.run(rank_devices.use_device, device, deadline_s=START_S)
+    return ranks
+
+
 @pytest.fixture(scope="session")
 def megatron_here():
     """For tests that need Megatron-Core in the process of pytest."""
-    import_megatron()
+    from megatron_ep.cpu_compat import enable_cpu
+
+    enable_cpu()
+    moe_layers.remove_compiler_folder()
 
 
 @pytest.fixture

@@ -17,12 +17,14 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from differences import Difference, compare
+from differences import assert_close as assert_close
+from rank_devices import rank_device
 
 HIDDEN = 16
 SEED = 1234
 
-MIN_TENSORS = 5
-"""Output, gradients of the input, the router and one expert's two weights."""
+GPU_POOL_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +61,6 @@ class Case:
         return f"E={self.num_experts},K={self.topk},{self.dtype},{self.options}"
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Of one tensor on one rank."""
-
-    rank: int
-    name: str
-    max_abs: float
-    is_bitwise: bool
-
-
 @contextlib.contextmanager
 def megatron(grid: Grid, **buffer_options: Any) -> Iterator[None]:
     """Megatron's process groups, with "deepep" registered and buffers made with the options."""
@@ -78,6 +70,8 @@ def megatron(grid: Grid, **buffer_options: Any) -> Iterator[None]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+    if rank_device().type == "cuda":
+        buffer_options.setdefault("pool_bytes", GPU_POOL_BYTES)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=grid.tp,
         expert_model_parallel_size=grid.ep,
@@ -100,9 +94,7 @@ def megatron(grid: Grid, **buffer_options: Any) -> Iterator[None]:
 
 def import_megatron() -> None:
     """Without an empty folder among temporary files, see remove_compiler_folder()."""
-    from megatron_ep.cpu_compat import enable_cpu
-
-    enable_cpu()
+    rank_device()
     remove_compiler_folder()
 
 
@@ -207,7 +199,8 @@ def make_input(rank: int, case: Case, *, micro_batch: int = 0) -> tuple[torch.Te
     generator = torch.Generator().manual_seed(SEED + 1000 * micro_batch + rank)
     shape = (case.seq_length[rank % len(case.seq_length)], 2, HIDDEN)
     hidden, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    return hidden.to(case.dtype).requires_grad_(), grad.to(case.dtype)
+    device = rank_device()
+    return hidden.to(device, case.dtype).requires_grad_(), grad.to(device, case.dtype)
 
 
 def run_layer(rank: int, layer: Any, case: Case) -> dict[str, torch.Tensor]:
@@ -245,23 +238,6 @@ def run_in_flight(rank: int, layers: list[Any], case: Case, order: str) -> dict[
 
 def parameter_grads(layer: Any) -> dict[str, torch.Tensor]:
     return {f"{name}.grad": parameter.grad for name, parameter in layer.named_parameters()}
-
-
-def compare(
-    rank: int, expected: dict[str, torch.Tensor | None], actual: dict[str, torch.Tensor | None]
-) -> list[Difference]:
-    """Every tensor's largest difference; a missing tensor or another shape is infinitely far."""
-    differences = []
-    for name in sorted(expected.keys() | actual.keys()):
-        one, other = expected.get(name), actual.get(name)
-        if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
-            both_missing = one is None and other is None
-            distance = 0.0 if both_missing else float("inf")
-        else:
-            distance = (one.double() - other.double()).abs().max().item() if one.numel() else 0.0
-        is_bitwise = distance == 0.0
-        differences.append(Difference(rank, name, distance, is_bitwise))
-    return differences
 
 
 def compare_dispatchers(
@@ -302,7 +278,7 @@ def check_weights(judge: Any, layer: Any) -> None:
     """Same weights in both layers, and no two experts or slices alike in the whole group."""
     for (name, one), (_, other) in zip(judge.named_parameters(), layer.named_parameters()):
         assert torch.equal(one, other), name
-    mine = [expert.linear_fc1.weight.detach() for expert in layer.experts.local_experts]
+    mine = [expert.linear_fc1.weight.detach().cpu() for expert in layer.experts.local_experts]
     group = layer.token_dispatcher.tp_ep_group
     everyones: list[Any] = [None] * group.size()
     dist.all_gather_object(everyones, mine, group=group)
@@ -311,25 +287,3 @@ def check_weights(judge: Any, layer: Any) -> None:
         assert not any(torch.equal(weight, other) for other in experts[:index]), (
             "no two experts may have the same weights"
         )
-
-
-def assert_close(
-    by_rank: list[list[list[Difference]]], cases: list[Case], *, atol: float, bitwise: bool = False
-) -> float:
-    """All tensors of all cases on all ranks; returns the largest difference.
-
-    `by_rank[rank][case]` is what compare_dispatchers() returned.
-    """
-    assert all(len(of_rank) == len(cases) for of_rank in by_rank)
-    problems, largest = [], 0.0
-    for of_rank in by_rank:
-        for case, differences in zip(cases, of_rank):
-            assert len(differences) >= MIN_TENSORS
-            largest = max(largest, *(d.max_abs for d in differences))
-            problems += [
-                f"{case}: {d}"
-                for d in differences
-                if not d.max_abs <= atol or (bitwise and not d.is_bitwise)
-            ]
-    assert not problems, "\n".join(problems)
-    return largest

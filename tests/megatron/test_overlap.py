@@ -9,8 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from moe_layers import Case, Grid
+from rank_devices import rank_device
 
 import megatron_ep
+
+pytestmark = pytest.mark.over_devices
 
 ATOL = 1e-12
 
@@ -69,7 +72,7 @@ def on_rank_count_calls(rank, num_chunks):
     case, counts = Case(seq_length=(400,)), {"dispatch": 0, "combine": 0, "hook": 0}
     with layers.megatron(Grid(ep=2), num_chunks=num_chunks):
         layer = layers.make_layer(case, Grid(ep=2), "deepep")
-        buffer = layer.token_dispatcher.buffer(torch.device("cpu"))
+        buffer = layer.token_dispatcher.buffer(rank_device())
 
         def count(name, function):
             def counted(*args, **options):

@@ -6,6 +6,7 @@ import moe_layers as layers
 import pytest
 import training_runs as runs
 from moe_layers import Case, Grid
+from rank_devices import rank_device
 
 from megatron_ep import trace
 from megatron_ep.trace import EXPERTS, TRANSFERS, Span
@@ -13,6 +14,7 @@ from megatron_ep.trace import EXPERTS, TRANSFERS, Span
 
 def on_rank_trace(rank, num_chunks):
     case, grid = Case(seq_length=(64,)), Grid(ep=2)
+    rank_device()
     tracer = trace.start_tracing()
     try:
         with layers.megatron(grid, num_chunks=num_chunks):
@@ -26,6 +28,7 @@ def on_rank_trace(rank, num_chunks):
         trace.stop_tracing()
 
 
+@pytest.mark.over_devices
 @pytest.mark.parametrize("num_chunks", [1, 3])
 def test_every_transfer_and_every_run_of_the_experts_is_recorded(ranks, num_chunks, tmp_path):
     spans_of_ranks = ranks.run(on_rank_trace, num_chunks)

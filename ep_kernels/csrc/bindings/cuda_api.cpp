@@ -4,6 +4,7 @@
 #include <cstring>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "bindings/cuda_handles.h"
 #include "cuda/kernels.h"
@@ -15,24 +16,37 @@ struct EpCudaBlock {
   int64_t offset;
 };
 
+static_assert(sizeof(EpReceive) == 4 * 4 * sizeof(int64_t));
+
 namespace {
 
 cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
 
 ep::cuda::CallOrder as_order(const EpCallOrder* order) {
-  return {as_stream(order->caller), static_cast<cudaEvent_t>(order->previous),
-          order->is_async != 0};
+  return {as_stream(order->caller), static_cast<cudaEvent_t>(order->previous), order->is_async != 0,
+          order->follows_caller != 0};
+}
+
+/// Makes the caller the owner of a block.
+void hand_out(EpCudaBuffer* buffer, ep::cuda::Block& block, EpReceivedRows* rows) {
+  rows->offset = block.offset;
+  if (!block.pool) return;
+  rows->block = new EpCudaBlock{std::move(block.pool), block.offset};
+  block.pool.reset();
+  rows->address = buffer->impl.pool_base() + block.offset;
 }
 
 }  // namespace
 
-void ep_cuda_abi_sizes(int32_t sizes[6]) {
+void ep_cuda_abi_sizes(int32_t sizes[8]) {
   sizes[0] = sizeof(EpCallOrder);
   sizes[1] = sizeof(EpCudaConfig);
   sizes[2] = sizeof(ep::HtSizes);
   sizes[3] = sizeof(ep::HtRouting);
   sizes[4] = sizeof(ep::HtDispatchArgs);
   sizes[5] = sizeof(ep::HtCombineArgs);
+  sizes[6] = sizeof(EpReceive);
+  sizes[7] = sizeof(EpFreshCounts);
 }
 
 int32_t ep_cuda_buffer_create(const EpCudaConfig* config, EpCudaBuffer** buffer, uint8_t* handle,
@@ -74,8 +88,15 @@ int32_t ep_cuda_block_allocate(EpCudaBuffer* buffer, int64_t num_bytes, EpCudaBl
   });
 }
 
-void ep_cuda_block_free(EpCudaBuffer* buffer, EpCudaBlock* block, void* stream) {
-  if (buffer) guarded(nullptr, [&] { buffer->impl.note_free(as_stream(stream)); });
+void ep_cuda_note_free(EpCudaBuffer* buffer, void* stream) {
+  guarded(nullptr, [&] { buffer->impl.note_free(as_stream(stream)); });
+}
+
+int32_t ep_cuda_wait_for_freed(EpCudaBuffer* buffer, void* stream, EpError* error) {
+  return guarded(error, [&] { buffer->impl.wait_for_freed(as_stream(stream)); });
+}
+
+void ep_cuda_block_free(EpCudaBlock* block) {
   block->pool->allocator.free(block->offset);
   delete block;
 }
@@ -87,23 +108,25 @@ void ep_cuda_pool_stats(EpCudaBuffer* buffer, int64_t stats[3]) {
   stats[2] = allocator.peak_bytes();
 }
 
-int32_t ep_cuda_notify(EpCudaBuffer* buffer, const ep::HtDispatchArgs* args,
-                       const EpCallOrder* order, int64_t* call, int64_t sizes[3],
-                       int64_t* num_recv_tokens_per_expert, int64_t* expert_offsets,
-                       EpError* error) {
+int32_t ep_cuda_dispatch_fresh(EpCudaBuffer* buffer, const ep::HtDispatchArgs* args,
+                               const EpCallOrder* order, EpReceive* receive, EpFreshCounts* counts,
+                               int64_t* call, EpError* error) {
   return guarded(error, [&] {
-    *call = buffer->impl.notify(*args, as_order(order));
+    EpReceivedRows* const rows[] = {&receive->x, &receive->scales, &receive->topk_idx,
+                                    &receive->topk_weights};
+    ep::cuda::Received received;
+    ep::cuda::Block* const blocks[] = {&received.x, &received.scales, &received.topk_idx,
+                                       &received.topk_weights};
+    *call = buffer->impl.dispatch_fresh(
+        *args, {rows[0]->row_bytes, rows[1]->row_bytes, rows[2]->row_bytes, rows[3]->row_bytes},
+        as_order(order), &received);
+    for (int i = 0; i < 4; ++i) hand_out(buffer, *blocks[i], rows[i]);
     const ep::cuda::CallRecord& found = buffer->impl.record(*call);
     const int num_local = buffer->impl.num_local_experts();
-    std::copy_n(found.recv_sizes, 3, sizes);
-    std::copy_n(found.num_recv_tokens_per_expert, num_local, num_recv_tokens_per_expert);
-    std::copy_n(found.expert_offsets, num_local + 1, expert_offsets);
+    counts->num_rows = found.recv_sizes[0];
+    std::copy_n(found.num_recv_tokens_per_expert, num_local, counts->num_recv_tokens_per_expert);
+    std::copy_n(found.expert_offsets, num_local + 1, counts->expert_offsets);
   });
-}
-
-int32_t ep_cuda_send(EpCudaBuffer* buffer, int64_t call, const ep::HtDispatchArgs* args,
-                     int32_t has_memory, const EpCallOrder* order, EpError* error) {
-  return guarded(error, [&] { buffer->impl.send(call, *args, has_memory != 0, as_order(order)); });
 }
 
 int32_t ep_cuda_dispatch(EpCudaBuffer* buffer, const ep::HtDispatchArgs* args,
@@ -126,6 +149,14 @@ int32_t ep_cuda_refuse(EpCudaBuffer* buffer, const char* reason, const EpCallOrd
   return guarded(error, [&] { *call = buffer->impl.refuse(reason, as_order(order)); });
 }
 
+int32_t ep_cuda_copy_rate(EpCudaBuffer* buffer, int32_t num_blocks, int64_t num_bytes,
+                          int64_t offset, const EpCallOrder* order, double* bytes_per_s,
+                          EpError* error) {
+  return guarded(error, [&] {
+    *bytes_per_s = buffer->impl.copy_rate(num_blocks, num_bytes, offset, as_order(order));
+  });
+}
+
 int32_t ep_cuda_is_finished(EpCudaBuffer* buffer, int64_t call) {
   return buffer->impl.is_finished(call);
 }
@@ -140,6 +171,13 @@ int32_t ep_cuda_check(EpCudaBuffer* buffer, int64_t call, EpError* error) {
 
 int32_t ep_cuda_make_stream_wait(EpCudaBuffer* buffer, int64_t call, void* stream, EpError* error) {
   return guarded(error, [&] { buffer->impl.make_stream_wait(call, as_stream(stream)); });
+}
+
+void ep_cuda_stamps(EpCudaBuffer* buffer, int64_t call, uint64_t stamps[7]) {
+  static_assert(ep::cuda::kNumStamps == 7);
+  uint64_t found[ep::cuda::kNumStamps];
+  buffer->impl.stamps(call, found);
+  std::copy_n(found, ep::cuda::kNumStamps, stamps);
 }
 
 void* ep_cuda_end_event(EpCudaBuffer* buffer, int64_t call) { return buffer->impl.end_event(call); }

@@ -23,6 +23,19 @@ void allocate_device(T** memory, size_t num_bytes) {
   *memory = static_cast<T*>(address);
 }
 
+/// An event that measures time.
+class CudaEvent {
+ public:
+  CudaEvent() { EP_CHECK_CUDA(cudaEventCreate(&event_)); }
+  CudaEvent(const CudaEvent&) = delete;
+  CudaEvent& operator=(const CudaEvent&) = delete;
+  ~CudaEvent() { cudaEventDestroy(event_); }
+  cudaEvent_t get() const { return event_; }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
 Offer recv_offer(const HtDispatchArgs& args) {
   return {0, args.recv_x, args.recv_scales, args.recv_topk_idx, args.recv_topk_weights};
 }
@@ -64,6 +77,17 @@ Pool::~Pool() {
   cudaSetDevice(previous);
 }
 
+void Received::allocate(const std::shared_ptr<Pool>& pool, const RowBytes& row_bytes,
+                        int64_t num_rows) {
+  const auto take = [&](Block& block, int64_t bytes_per_row) {
+    if (bytes_per_row >= 0) block.allocate(pool, num_rows * bytes_per_row);
+  };
+  take(x, row_bytes.x);
+  take(scales, row_bytes.scales);
+  take(topk_idx, row_bytes.topk_idx);
+  take(topk_weights, row_bytes.topk_weights);
+}
+
 Buffer::Buffer(const Config& config) : config_(config) {
   EP_CHECK(config.num_ranks <= kMaxRanks, "group: ", config.num_ranks, " ranks, the limit is ",
            kMaxRanks);
@@ -95,7 +119,10 @@ Buffer::Buffer(const Config& config) : config_(config) {
     records_[i].status = static_cast<int32_t>(CallStatus::kOk);
   }
 
-  EP_CHECK_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  int lowest_priority = 0, highest_priority = 0;
+  EP_CHECK_CUDA(cudaDeviceGetStreamPriorityRange(&lowest_priority, &highest_priority));
+  // Few blocks that peers wait for go before the many of a GEMM.
+  EP_CHECK_CUDA(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, highest_priority));
   EP_CHECK_CUDA(cudaEventCreateWithFlags(&begin_event_, cudaEventDisableTiming));
   end_events_.resize(kNumRecords);
   for (cudaEvent_t& event : end_events_)
@@ -172,9 +199,40 @@ void Buffer::fail(const std::string& why) {
   if (failure_.empty()) failure_ = why;
 }
 
-/// Takes a record and makes the communication stream wait for what the call has to come after.
+/// Takes a record, chooses the stream of the call, and makes it wait for what the call has to come
+/// after: the call before it, the caller's work, and work that uses memory which is free since.
 int64_t Buffer::begin_call(const CallOrder& order) {
   CallRecord& record = *record_of(num_calls_);
+  wait_for_record(record);
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  EP_CHECK_CUDA(cudaStreamIsCapturing(order.caller, &capture));
+  const bool is_captured = capture != cudaStreamCaptureStatusNone;
+  // NOTE: a call that its caller waits for anyway runs on the caller's stream: each of the two hops
+  // between streams would cost as much as a launch.
+  const cudaStream_t stream = order.is_async || !order.follows_caller ? stream_ : order.caller;
+  if (num_calls_ > 0 && last_.stream != stream && last_.is_captured == is_captured)
+    EP_CHECK_CUDA(cudaStreamWaitEvent(stream, end_event(num_calls_ - 1), 0));
+  if (order.previous) EP_CHECK_CUDA(cudaStreamWaitEvent(stream, order.previous, 0));
+  if (order.follows_caller && stream != order.caller) {
+    EP_CHECK_CUDA(cudaEventRecord(begin_event_, order.caller));
+    EP_CHECK_CUDA(cudaStreamWaitEvent(stream, begin_event_, 0));
+  }
+  for (auto& [freeing, freed] : freed_) {
+    // What was freed before a capture began is not in use any more when its graph runs.
+    if (!freed.is_pending || is_captured || (freeing == order.caller && order.follows_caller))
+      continue;
+    EP_CHECK_CUDA(cudaStreamWaitEvent(stream, freed.event, 0));
+    freed.is_pending = false;
+  }
+  last_ = {stream, is_captured};
+  record.has_sizes = 0;
+  std::fill_n(record.stamps, kNumStamps, uint64_t{0});
+  if (!is_captured)  // it runs when its graph does, if ever
+    __atomic_store_n(&record.status, static_cast<int32_t>(CallStatus::kRunning), __ATOMIC_RELEASE);
+  return num_calls_++;
+}
+
+void Buffer::wait_for_record(const CallRecord& record) const {
   const auto deadline = Clock::now() + std::chrono::microseconds(2 * config_.timeout_us);
   while (__atomic_load_n(&record.status, __ATOMIC_ACQUIRE) ==
          static_cast<int32_t>(CallStatus::kRunning)) {
@@ -184,26 +242,18 @@ int64_t Buffer::begin_call(const CallOrder& order) {
                                " s and holds a record that a new call needs"));
     std::this_thread::sleep_for(std::chrono::microseconds(50));
   }
-  if (order.previous) {
-    EP_CHECK_CUDA(cudaStreamWaitEvent(stream_, order.previous, 0));
-  } else {
-    EP_CHECK_CUDA(cudaEventRecord(begin_event_, order.caller));
-    EP_CHECK_CUDA(cudaStreamWaitEvent(stream_, begin_event_, 0));
-  }
-  for (auto& [stream, freed] : freed_) {
-    if (!freed.is_pending || (stream == order.caller && !order.previous)) continue;
-    EP_CHECK_CUDA(cudaStreamWaitEvent(stream_, freed.event, 0));
-    freed.is_pending = false;
-  }
-  record.has_sizes = 0;
-  __atomic_store_n(&record.status, static_cast<int32_t>(CallStatus::kRunning), __ATOMIC_RELEASE);
-  return num_calls_++;
 }
 
+void Buffer::finish_call(int64_t call, const CallOrder& order) {
+  launch_finish(group_, record_of(call), last_.stream);
+  end_call(call, order);
+}
+
+/// The kernel that finishes the call has been launched.
 void Buffer::end_call(int64_t call, const CallOrder& order) {
-  launch_finish(group_, record_of(call), stream_);
-  EP_CHECK_CUDA(cudaEventRecord(end_event(call), stream_));
-  if (!order.is_async) EP_CHECK_CUDA(cudaStreamWaitEvent(order.caller, end_event(call), 0));
+  EP_CHECK_CUDA(cudaEventRecord(end_event(call), last_.stream));
+  if (!order.is_async && last_.stream != order.caller)
+    EP_CHECK_CUDA(cudaStreamWaitEvent(order.caller, end_event(call), 0));
 }
 
 void Buffer::note_free(cudaStream_t stream) {
@@ -218,10 +268,20 @@ void Buffer::note_free(cudaStream_t stream) {
   freed.is_pending = true;
 }
 
+void Buffer::wait_for_freed(cudaStream_t stream) {
+  if (is_destroyed_) return;
+  DeviceGuard guard(config_.device);
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  EP_CHECK_CUDA(cudaStreamIsCapturing(stream, &capture));
+  if (capture != cudaStreamCaptureStatusNone) return;
+  for (const auto& [freeing, freed] : freed_)
+    if (freeing != stream) EP_CHECK_CUDA(cudaStreamWaitEvent(stream, freed.event, 0));
+}
+
 int32_t* Buffer::scratch(int64_t num_tokens) {
   const int64_t needed = (num_chunks(num_tokens) + 1) * (config_.num_ranks + num_experts());
   if (needed > scratch_elements_) {
-    EP_CHECK_CUDA(cudaStreamSynchronize(stream_));
+    EP_CHECK_CUDA(cudaDeviceSynchronize());
     EP_CHECK_CUDA(cudaFree(scratch_));
     allocate_device(&scratch_, static_cast<size_t>(needed) * sizeof(int32_t));
     scratch_elements_ = needed;
@@ -238,19 +298,46 @@ PostArgs Buffer::make_post(Op op, const HtSizes& sizes) const {
 
 void Buffer::launch_routing(int64_t call, const HtDispatchArgs& args, const PostArgs& post) {
   int32_t* memory = scratch(args.sizes.num_tokens);
-  launch_count(group_, args, memory, stream_);
-  launch_notify(group_, args, post, memory, record_of(call), stream_);
-  launch_plan(group_, args, memory, stream_);
+  launch_notify(group_, args, post, memory, record_of(call), last_.stream);
+  launch_plan(group_, args, memory, last_.stream);
 }
 
-int64_t Buffer::notify(const HtDispatchArgs& args, const CallOrder& order) {
+int64_t Buffer::dispatch_fresh(HtDispatchArgs args, const RowBytes& row_bytes,
+                               const CallOrder& order, Received* received) {
   check_usable();
   validate(args);
   DeviceGuard guard(config_.device);
   const int64_t call = begin_call(order);
   launch_routing(call, args, make_post(Op::kDispatch, args.sizes));
+  if (!wait_for_sizes(call)) {
+    finish_call(call, order);
+    wait(call);
+    throw DeviceError("the exchange of counts ended without a result");
+  }
+  std::string problem;
+  try {
+    received->allocate(pool_, row_bytes, record_of(call)->recv_sizes[0]);
+  } catch (const DeviceError& error) {  // every rank has to learn of it
+    problem = error.what();
+  }
+  args.recv_x = received->x.offset;
+  args.recv_scales = received->scales.offset;
+  args.recv_topk_idx = received->topk_idx.offset;
+  args.recv_topk_weights = received->topk_weights.offset;
+  Offer offer = recv_offer(args);
+  offer.failed = !problem.empty();
+  launch_offer(group_, offer, record_of(call), last_.stream);
+  launch_send(group_, args, record_of(call), last_.stream);
+  end_call(call, order);
+  if (problem.empty()) return call;
+  EP_CHECK_CUDA(cudaEventSynchronize(end_event(call)));
+  throw DeviceError(problem);
+}
 
-  CallRecord& record = *record_of(call);
+/// Blocks the host until the kernels have told how many rows come. False: they have returned
+/// without, or nothing moves.
+bool Buffer::wait_for_sizes(int64_t call) const {
+  const CallRecord& record = *record_of(call);
   const auto start = Clock::now();
   const auto deadline = start + std::chrono::microseconds(3 * config_.timeout_us);
   constexpr auto kSpin = std::chrono::microseconds(2000);
@@ -258,26 +345,12 @@ int64_t Buffer::notify(const HtDispatchArgs& args, const CallOrder& order) {
     const auto now = Clock::now();
     if (now - start < kSpin) continue;
     std::this_thread::sleep_for(std::chrono::microseconds(20));
-    const cudaError_t state = cudaStreamQuery(stream_);
+    const cudaError_t state = cudaStreamQuery(last_.stream);
     if (state == cudaErrorNotReady && now < deadline) continue;
     if (state != cudaSuccess && state != cudaErrorNotReady) EP_CHECK_CUDA(state);
-    break;  // the kernel has returned without sizes, or nothing moves
+    break;
   }
-  if (__atomic_load_n(&record.has_sizes, __ATOMIC_ACQUIRE) == kSizesValid) return call;
-  end_call(call, order);
-  wait(call);
-  throw DeviceError("the exchange of counts ended without a result");
-}
-
-void Buffer::send(int64_t call, const HtDispatchArgs& args, bool has_memory,
-                  const CallOrder& order) {
-  DeviceGuard guard(config_.device);
-  Offer offer = recv_offer(args);
-  offer.failed = !has_memory;
-  launch_offer(group_, offer, record_of(call), stream_);
-  launch_send(group_, args, stream_);
-  launch_pad(group_, args, stream_);
-  end_call(call, order);
+  return __atomic_load_n(&record.has_sizes, __ATOMIC_ACQUIRE) == kSizesValid;
 }
 
 int64_t Buffer::dispatch(const HtDispatchArgs& args, const CallOrder& order) {
@@ -291,10 +364,9 @@ int64_t Buffer::dispatch(const HtDispatchArgs& args, const CallOrder& order) {
   if (is_fresh) {
     launch_routing(call, args, post);
   } else {
-    launch_post(group_, post, record_of(call), stream_);
+    launch_post(group_, post, record_of(call), last_.stream);
   }
-  launch_send(group_, args, stream_);
-  launch_pad(group_, args, stream_);
+  launch_send(group_, args, record_of(call), last_.stream);
   end_call(call, order);
   return call;
 }
@@ -310,7 +382,7 @@ int64_t Buffer::combine(const HtCombineArgs& args, const CallOrder& order) {
     if (args.num_rows > 0)
       EP_CHECK_CUDA(cudaMemcpyAsync(pool_base() + offset, from,
                                     static_cast<size_t>(args.num_rows * row_bytes),
-                                    cudaMemcpyDeviceToDevice, stream_));
+                                    cudaMemcpyDeviceToDevice, last_.stream));
   };
   if (args.stage_x) stage(args.pool_x, args.x, args.sizes.row_bytes);
   if (args.stage_topk_weights)
@@ -318,8 +390,8 @@ int64_t Buffer::combine(const HtCombineArgs& args, const CallOrder& order) {
   PostArgs post = make_post(Op::kCombine, args.sizes);
   post.offer.x = args.pool_x;
   post.offer.topk_weights = args.pool_topk_weights;
-  launch_post(group_, post, record_of(call), stream_);
-  launch_reduce(group_, args, stream_);
+  launch_post(group_, post, record_of(call), last_.stream);
+  launch_reduce(group_, args, record_of(call), last_.stream);
   end_call(call, order);
   return call;
 }
@@ -328,8 +400,8 @@ int64_t Buffer::barrier(const CallOrder& order) {
   check_usable();
   DeviceGuard guard(config_.device);
   const int64_t call = begin_call(order);
-  launch_post(group_, make_post(Op::kBarrier, HtSizes{}), record_of(call), stream_);
-  end_call(call, order);
+  launch_post(group_, make_post(Op::kBarrier, HtSizes{}), record_of(call), last_.stream);
+  finish_call(call, order);
   return call;
 }
 
@@ -341,9 +413,25 @@ int64_t Buffer::refuse(const std::string& reason, const CallOrder& order) {
   post.fields[kFieldOp] = static_cast<int64_t>(Op::kRefused);
   post.has_text = 1;
   std::memcpy(post.text, reason.data(), std::min(reason.size(), size_t{kMaxText - 1}));
-  launch_post(group_, post, record_of(call), stream_);
-  end_call(call, order);
+  launch_post(group_, post, record_of(call), last_.stream);
+  finish_call(call, order);
   return call;
+}
+
+double Buffer::copy_rate(int num_blocks, int64_t num_bytes, int64_t offset,
+                         const CallOrder& order) {
+  barrier(order);
+  DeviceGuard guard(config_.device);
+  const int next = (config_.rank + 1) % config_.num_ranks;
+  const CudaEvent begin, end;
+  EP_CHECK_CUDA(cudaEventRecord(begin.get(), last_.stream));
+  launch_copy(group_.pool(next) + offset + num_bytes, group_.pool(config_.rank) + offset, num_bytes,
+              num_blocks, last_.stream);
+  EP_CHECK_CUDA(cudaEventRecord(end.get(), last_.stream));
+  wait(barrier(order));
+  float milliseconds = 0;
+  EP_CHECK_CUDA(cudaEventElapsedTime(&milliseconds, begin.get(), end.get()));
+  return static_cast<double>(num_bytes) / (1e-3 * static_cast<double>(milliseconds));
 }
 
 bool Buffer::is_finished(int64_t call) const {
@@ -357,6 +445,11 @@ void Buffer::wait(int64_t call) {
   DeviceGuard guard(config_.device);
   EP_CHECK_CUDA(cudaEventSynchronize(end_event(call)));
   check(call);
+}
+
+void Buffer::stamps(int64_t call, uint64_t (&out)[kNumStamps]) const {
+  std::fill_n(out, kNumStamps, uint64_t{0});
+  if (!is_destroyed_ && !is_too_old(call)) std::copy_n(record_of(call)->stamps, kNumStamps, out);
 }
 
 void Buffer::make_stream_wait(int64_t call, cudaStream_t stream) {
@@ -384,20 +477,40 @@ void Buffer::throw_error(const CallRecord& record) {
     case CallStatus::kBadExpert:
     case CallStatus::kTwice:
       throw DisagreementError(who + bad_choice(record, num_experts()));
+    case CallStatus::kTooManyRows:
+      throw DisagreementError(concat("rank ", record.rank, " would receive ", record.detail[0],
+                                     " rows; 2^31 is the limit"));
     case CallStatus::kNoMemory:
-      throw DeviceError(concat("rank ", record.rank, " has no memory for its rows"));
+      throw DeviceError(
+          concat("rank ", record.rank, " has no memory for its rows: its pool is full"));
     case CallStatus::kTimeout: {
       const TimeoutRecord& timeout = record.timeout;
-      const std::string message = concat(
-          "rank ", timeout.rank, " waited up to ", static_cast<double>(config_.timeout_us) * 1e-6,
-          " s for rank ", timeout.peer, " ", phase_name(static_cast<Phase>(timeout.phase)),
-          ": expected ", timeout.expected, ", seen ", timeout.seen);
+      const std::string message =
+          concat(peer_problem(timeout.peer), "rank ", timeout.rank, " waited up to ",
+                 static_cast<double>(config_.timeout_us) * 1e-6, " s for rank ", timeout.peer, " ",
+                 phase_name(static_cast<Phase>(timeout.phase)), ": expected ", timeout.expected,
+                 ", seen ", timeout.seen);
       failure_ = message;
       throw TimeoutError(message, timeout);
     }
     default:
       throw DeviceError("this buffer failed and cannot be used any more: " + failure_);
   }
+}
+
+/// What peers have said that explains why a wait for `culprit` ended, or nothing.
+std::string Buffer::peer_problem(int culprit) const {
+  std::vector<PeerLine> lines(config_.num_ranks);
+  EP_CHECK_CUDA(cudaMemcpy(lines.data(), pool_->segment + group_.layout().peer_lines,
+                           lines.size() * sizeof(PeerLine), cudaMemcpyDeviceToHost));
+  if (lines[culprit].departed) return concat("rank ", culprit, " has destroyed its buffer; ");
+  for (int peer = 0; peer < config_.num_ranks; ++peer) {
+    const PeerLine& line = lines[peer];
+    if (peer != config_.rank && line.failed && line.culprit == culprit)
+      return concat("rank ", peer, " gave up on rank ", culprit, ", which it had asked ",
+                    phase_name(static_cast<Phase>(line.culprit_phase)), "; ");
+  }
+  return "";
 }
 
 }  // namespace ep::cuda

@@ -38,15 +38,49 @@ class DeviceGuard {
   int previous_ = 0;
 };
 
+/// A range of a pool, given back at the end unless somebody has taken it over.
+struct Block {
+  Block() = default;
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+  ~Block() {
+    if (pool) pool->allocator.free(offset);
+  }
+  /// Of 0 bytes: nothing, at offset 0. Throws DeviceError.
+  void allocate(const std::shared_ptr<Pool>& from, int64_t num_bytes) {
+    offset = num_bytes == 0 ? 0 : from->allocator.allocate(num_bytes);
+    if (num_bytes > 0) pool = from;
+  }
+
+  std::shared_ptr<Pool> pool;
+  int64_t offset = -1;
+};
+
+/// Of each result of a dispatch; -1 where there is none.
+struct RowBytes {
+  int64_t x, scales, topk_idx, topk_weights;
+};
+
+/// Memory for the results of a dispatch.
+struct Received {
+  Block x, scales, topk_idx, topk_weights;
+
+  /// Throws DeviceError if the pool is full.
+  void allocate(const std::shared_ptr<Pool>& pool, const RowBytes& row_bytes, int64_t num_rows);
+};
+
 /// How a call is ordered with the work of its caller.
 struct CallOrder {
   cudaStream_t caller;
-  cudaEvent_t previous;  ///< the call waits for it instead of for the caller's stream, if not null
+  cudaEvent_t previous;  ///< the call waits for it, if not null
   bool is_async;         ///< the caller's stream does not wait for the call
+  bool follows_caller;   ///< the call waits for what the caller's stream has been given
 };
 
-/// Symmetric memory of one rank on a GPU, and the calls over it. Calls enqueue on the buffer's
-/// communication stream and return; only notify(), wait() and destroy() wait for the device.
+/// Symmetric memory of one rank on a GPU, and the calls over it. Calls enqueue and return; only
+/// dispatch_fresh(), wait() and destroy() wait for the device. A call runs on its caller's stream
+/// if each is to wait for the other anyway, else on the communication stream; either way after the
+/// calls before it.
 class Buffer {
  public:
   struct Config {
@@ -83,18 +117,21 @@ class Buffer {
 
   // Calls. Each returns its number.
 
-  /// First half of a fresh dispatch: fills args.routing and blocks the host until the sizes are
-  /// known. If the call has ended with an error, completes it and throws.
-  int64_t notify(const HtDispatchArgs& args, const CallOrder& order);
-  /// What the host learns from notify(); valid until kNumRecords calls later.
+  /// A dispatch whose memory is not known yet: blocks the host until the sizes are, and takes it.
+  int64_t dispatch_fresh(HtDispatchArgs args, const RowBytes& row_bytes, const CallOrder& order,
+                         Received* received);
+  /// What the host learns from dispatch_fresh(); valid until kNumRecords calls later.
   const CallRecord& record(int64_t call) const { return *record_of(call); }
-  /// Second half. `has_memory` false: tells the peers that this rank has none for its rows.
-  void send(int64_t call, const HtDispatchArgs& args, bool has_memory, const CallOrder& order);
   /// A whole dispatch whose memory is known: with a capacity or a cached handle.
   int64_t dispatch(const HtDispatchArgs& args, const CallOrder& order);
   int64_t combine(const HtCombineArgs& args, const CallOrder& order);
   int64_t barrier(const CallOrder& order);
   int64_t refuse(const std::string& reason, const CallOrder& order);
+
+  /// Bytes per second at which this rank copies `num_bytes` at `offset` of its pool to
+  /// offset + num_bytes of the next rank's, `num_blocks` blocks at work, while all ranks do the
+  /// same. Waits for the device.
+  double copy_rate(int num_blocks, int64_t num_bytes, int64_t offset, const CallOrder& order);
 
   /// Whether a call has finished. One too old to have a record has.
   bool is_finished(int64_t call) const;
@@ -102,6 +139,8 @@ class Buffer {
   void wait(int64_t call);
   /// Throws the error of a finished call.
   void check(int64_t call);
+  /// When a finished call reached each Stamp; zeros if it is too old.
+  void stamps(int64_t call, uint64_t (&out)[kNumStamps]) const;
   /// Makes a stream wait for a call.
   void make_stream_wait(int64_t call, cudaStream_t stream);
   /// The end of a call, for other streams and buffers to wait for.
@@ -110,6 +149,8 @@ class Buffer {
   /// Notes that memory of the pool was freed while `stream` was current: it is not written again
   /// before the work that the stream has now is done.
   void note_free(cudaStream_t stream);
+  /// Makes a stream, which is going to write to memory of the pool, wait for all such work.
+  void wait_for_freed(cudaStream_t stream);
 
   /// Leaves the group and unmaps the peers. Waits for the device. Idempotent.
   void destroy();
@@ -120,7 +161,16 @@ class Buffer {
     bool is_pending;  // noted since a call last waited for it
   };
 
+  /// Where the latest call runs.
+  struct Last {
+    cudaStream_t stream;
+    bool is_captured;
+  };
+
+  void wait_for_record(const CallRecord& record) const;
+  bool wait_for_sizes(int64_t call) const;
   int64_t begin_call(const CallOrder& order);
+  void finish_call(int64_t call, const CallOrder& order);
   void end_call(int64_t call, const CallOrder& order);
   void launch_routing(int64_t call, const HtDispatchArgs& args, const PostArgs& post);
   int32_t* scratch(int64_t num_tokens);
@@ -128,6 +178,7 @@ class Buffer {
   CallRecord* record_of(int64_t call) const { return records_ + call % kNumRecords; }
   PostArgs make_post(Op op, const HtSizes& sizes) const;
   void throw_error(const CallRecord& record);
+  std::string peer_problem(int culprit) const;
 
   Config config_;
   int64_t control_bytes_;
@@ -135,6 +186,7 @@ class Buffer {
   DeviceGroup group_{};
   CallRecord* records_ = nullptr;  // pinned, seen by the device
   int64_t num_calls_ = 0;
+  Last last_{};
   int32_t* expert_tables_ = nullptr;
   int32_t* scratch_ = nullptr;
   int64_t scratch_elements_ = 0;

@@ -22,17 +22,30 @@ constexpr int kChunkTokens = 128;
 enum class CallStatus : int32_t {
   kRunning = 0,
   kOk = 1,
-  kDisagree = 2,   ///< detail: field, rank, value of rank 0, value of `rank`
-  kRefused = 3,    ///< detail: rank; text in the rank's post
-  kBadExpert = 4,  ///< detail: rank, token, position in topk_idx, expert: out of range
-  kTwice = 5,      ///< as kBadExpert: chosen twice
-  kTimeout = 6,    ///< timeout: the record
-  kNoMemory = 7,   ///< `rank` has no memory for its rows
-  kSkipped = 8,    ///< the buffer had failed before
+  kDisagree = 2,     ///< detail: field, rank, value of rank 0, value of `rank`
+  kRefused = 3,      ///< detail: rank; text in the rank's post
+  kBadExpert = 4,    ///< detail: rank, token, position in topk_idx, expert: out of range
+  kTwice = 5,        ///< as kBadExpert: chosen twice
+  kTimeout = 6,      ///< timeout: the record
+  kNoMemory = 7,     ///< `rank` has no memory for its rows
+  kSkipped = 8,      ///< the buffer had failed before
+  kTooManyRows = 9,  ///< `rank` would receive detail[0] rows, which is too many
 };
 
 constexpr uint32_t kSizesValid = 1;  ///< CallRecord::recv_sizes may be read
 constexpr uint32_t kSizesNever = 2;  ///< the call has ended with an error instead
+
+/// Moments of a call, by the timer of the device. 0 for those that it does not have.
+enum Stamp : int {
+  kStampBegin,    ///< its first kernel runs
+  kStampAgreed,   ///< all ranks have made the call
+  kStampSized,    ///< fresh dispatch: the host may read how much memory it takes
+  kStampOffered,  ///< fresh dispatch: all ranks have taken their memory
+  kStampMoving,   ///< rows begin to move
+  kStampMoved,    ///< this rank's rows have moved
+  kStampDone,     ///< those of all ranks have
+  kNumStamps,
+};
 
 /// How a call ended. Pinned host memory, written by the device, one per call in a ring.
 struct CallRecord {
@@ -43,7 +56,8 @@ struct CallRecord {
   int64_t recv_sizes[3];  ///< as in HtRouting, for the host that has to allocate
   int64_t num_recv_tokens_per_expert[kMaxLocalExperts];
   int64_t expert_offsets[kMaxLocalExperts + 1];
-  uint32_t has_sizes;  ///< kSizesValid or kSizesNever, set with release order
+  uint64_t stamps[kNumStamps];  ///< nanoseconds
+  uint32_t has_sizes;           ///< kSizesValid or kSizesNever, set with release order
   char text[kMaxText];
 };
 
@@ -51,6 +65,8 @@ struct CallRecord {
 struct LocalState {
   uint64_t num_calls;       ///< calls finished: the number of the next one
   int32_t call_status;      ///< CallStatus of the call under way
+  uint32_t blocks_done;     ///< of the call's last kernel
+  uint32_t next_item;       ///< see WorkQueue; of the kernel that moves the rows
   uint32_t failed;          ///< a wait ran out of time: everything later returns at once
   int64_t bad_choice[2];    ///< first bad entry of topk_idx: kind and index; kNoBadChoice if none
   Offer offers[kMaxRanks];  ///< memory of every rank, for the call under way

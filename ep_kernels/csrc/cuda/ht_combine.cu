@@ -9,8 +9,11 @@
 #include "core/math.h"
 #include "core/types.h"
 #include "cuda/check_cuda.h"
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/elements.cuh"
+#include "cuda/device/work.cuh"
 #include "cuda/kernels.h"
+#include "cuda/launch.h"
 #include "cuda/protocol.cuh"
 
 namespace ep::cuda {
@@ -21,6 +24,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kNumThreads = 1024;
 constexpr int kNumWarps = kNumThreads / kWarpSize;
 constexpr int kRowsAtOnce = 8;
+constexpr int kVectorsPerItem = 256;
 
 __device__ bool is_expert_major(const HtCombineArgs& args) {
   return static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor;
@@ -43,19 +47,43 @@ struct Sources {
   }
 };
 
+/// A choice of a token: where it was served, and on which row.
+struct Choice {
+  int32_t route, row;
+};
+
+__device__ Choice load_choice(const HtCombineArgs& args, int64_t token, int k) {
+  if (k >= args.sizes.num_topk) return {kNoRoute, -1};
+  const int64_t choice = token * args.sizes.num_topk + k;
+  return {__ldg(args.routing.routes + choice), __ldg(args.routing.rows + choice)};
+}
+
+/// A part of a token's row: item `item` of this launch.
+struct Item {
+  int64_t token;
+  int first, end;  // vectors
+
+  __device__ Item(const HtCombineArgs& args, int items_per_row, int64_t item) {
+    const int num_vectors = static_cast<int>(args.sizes.row_bytes / sizeof(uint4));
+    const int part = static_cast<int>(item % items_per_row);
+    token = item / items_per_row;
+    first = static_cast<int>(int64_t{num_vectors} * part / items_per_row);
+    end = static_cast<int>(int64_t{num_vectors} * (part + 1) / items_per_row);
+  }
+};
+
 /// Fills list[] with the addresses of the token's rows, in the order of addition: expert-major as
-/// in topk_idx, rank-major by rank. All lanes; returns how many.
-__device__ int list_rows(const HtCombineArgs& args, const Sources& from, int64_t token, int lane,
+/// in topk_idx, rank-major by rank. All lanes, each with its choice among the first 32; returns how
+/// many.
+__device__ int list_rows(const HtCombineArgs& args, const Sources& from, int64_t token, Choice own,
                          const uint4** list) {
-  const int num_topk = args.sizes.num_topk;
+  const int num_topk = args.sizes.num_topk, lane = threadIdx.x % kWarpSize;
   const int32_t* routes = args.routing.routes + token * num_topk;
-  const int32_t* rows = args.routing.rows + token * num_topk;
   const bool by_expert = is_expert_major(args);
   int count = 0;
   for (int first = 0; first < num_topk; first += kWarpSize) {
-    const int k = first + lane;
-    const int32_t route = k < num_topk ? __ldg(routes + k) : kNoRoute;
-    const int64_t row = k < num_topk ? __ldg(rows + k) : -1;
+    if (first > 0) own = load_choice(args, token, first + lane);
+    const int32_t route = own.route;
     const unsigned listed = __ballot_sync(kAllLanes, carries_row(route));
     int position = count + __popc(listed & ((1u << lane) - 1));
     if (!by_expert && carries_row(route)) {
@@ -66,18 +94,19 @@ __device__ int list_rows(const HtCombineArgs& args, const Sources& from, int64_t
       }
     }
     if (carries_row(route))
-      list[position] = reinterpret_cast<const uint4*>(from.x[route] + row * args.sizes.row_bytes);
+      list[position] =
+          reinterpret_cast<const uint4*>(from.x[route] + int64_t{own.row} * args.sizes.row_bytes);
     count += __popc(listed);
   }
   __syncwarp();
   return count;
 }
 
-/// Adds vectors `i` of up to kRowsAtOnce rows; all loads are under way before the first addition.
+/// Adds vectors `i` of up to kRowsAtOnce rows, whose addresses are in shared memory; all loads are
+/// under way before the first addition.
 template <typename Element>
 __device__ __forceinline__ void add_rows(typename Element::Acc (&sum)[Element::kPerVector],
-                                         const uint4* const (&rows)[kRowsAtOnce], int count,
-                                         int i) {
+                                         const uint4* const* rows, int count, int i) {
   uint4 parts[kRowsAtOnce];
 #pragma unroll
   for (int row = 0; row < kRowsAtOnce; ++row)
@@ -88,27 +117,18 @@ __device__ __forceinline__ void add_rows(typename Element::Acc (&sum)[Element::k
 }
 
 template <typename Element>
-__device__ void reduce_token(const HtCombineArgs& args, int64_t token, int lane,
-                             const uint4* const* list, int count) {
+__device__ void reduce_item(const HtCombineArgs& args, const Item& item, const uint4* const* list,
+                            int count) {
   using Acc = typename Element::Acc;
-  const int num_vectors = static_cast<int>(args.sizes.row_bytes / sizeof(uint4));
   const auto row_of = [&](const uint8_t* base) {
-    return reinterpret_cast<const uint4*>(base + token * args.sizes.row_bytes);
+    return reinterpret_cast<const uint4*>(base + item.token * args.sizes.row_bytes);
   };
-  auto* out = reinterpret_cast<uint4*>(args.out + token * args.sizes.row_bytes);
-  const uint4* rows[kRowsAtOnce];
-#pragma unroll
-  for (int row = 0; row < kRowsAtOnce; ++row) rows[row] = row < count ? list[row] : nullptr;
-  for (int i = lane; i < num_vectors; i += kWarpSize) {
+  auto* out = reinterpret_cast<uint4*>(args.out + item.token * args.sizes.row_bytes);
+  for (int i = item.first + static_cast<int>(threadIdx.x) % kWarpSize; i < item.end;
+       i += kWarpSize) {
     Acc sum[Element::kPerVector] = {};
-    add_rows<Element>(sum, rows, count, i);
-    for (int first = kRowsAtOnce; first < count; first += kRowsAtOnce) {
-      const uint4* more[kRowsAtOnce];
-#pragma unroll
-      for (int row = 0; row < kRowsAtOnce; ++row)
-        more[row] = first + row < count ? list[first + row] : nullptr;
-      add_rows<Element>(sum, more, count - first, i);
-    }
+    for (int first = 0; first < count; first += kRowsAtOnce)
+      add_rows<Element>(sum, list + first, count - first, i);
 #pragma unroll
     for (int bias = 0; bias < 2; ++bias)
       if (args.bias[bias]) Element::add(sum, load_once(row_of(args.bias[bias]) + i));
@@ -116,9 +136,9 @@ __device__ void reduce_token(const HtCombineArgs& args, int64_t token, int lane,
   }
 }
 
-__device__ void collect_weights(const HtCombineArgs& args, const Sources& from, int64_t token,
-                                int lane) {
+__device__ void collect_weights(const HtCombineArgs& args, const Sources& from, int64_t token) {
   const int num_topk = args.sizes.num_topk, weight_bytes = args.sizes.weight_bytes;
+  const int lane = threadIdx.x % kWarpSize;
   for (int k = lane; k < num_topk; k += kWarpSize) {
     const int64_t choice = token * num_topk + k, row = args.routing.rows[choice];
     uint64_t value = 0;
@@ -136,51 +156,72 @@ __device__ void collect_weights(const HtCombineArgs& args, const Sources& from, 
 }
 
 template <typename Element>
-__global__ void __launch_bounds__(kNumThreads, 1)
-    reduce_kernel(const __grid_constant__ DeviceGroup group,
-                  const __grid_constant__ HtCombineArgs args) {
-  if (!is_running(group)) return;
+__device__ void reduce_tokens(const DeviceGroup& group, const HtCombineArgs& args) {
   extern __shared__ const uint4* shared_lists[];
   __shared__ Sources from;
   from.fill(group, args);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int num_warps = blockDim.x / kWarpSize;
   const uint4** list = shared_lists + warp * args.sizes.num_topk;
-  for (int64_t token = int64_t{blockIdx.x} * num_warps + warp; token < args.sizes.num_tokens;
-       token += int64_t{gridDim.x} * num_warps) {
-    const int count = list_rows(args, from, token, lane, list);
-    reduce_token<Element>(args, token, lane, list, count);
-    if (args.out_topk_weights) collect_weights(args, from, token, lane);
+  const auto num_vectors = static_cast<int>(args.sizes.row_bytes / sizeof(uint4));
+  const int items_per_row = ceil_div(num_vectors, kVectorsPerItem);
+  const int64_t num_items = args.sizes.num_tokens * items_per_row;
+  const WorkQueue queue{&group.state->next_item};
+  int64_t i = queue.first();
+  uint32_t asked = queue.ask();
+  Choice next = i < num_items ? load_choice(args, i / items_per_row, lane) : Choice{kNoRoute, -1};
+  for (int64_t after; i < num_items; i = after) {
+    const Item item(args, items_per_row, i);
+    const int count = list_rows(args, from, item.token, next, list);
+    after = queue.answer(asked);
+    if (after < num_items) {
+      asked = queue.ask();
+      next = load_choice(args, after / items_per_row, lane);
+    }
+    reduce_item<Element>(args, item, list, count);
+    if (args.out_topk_weights && item.first == 0) collect_weights(args, from, item.token);
     __syncwarp();
   }
 }
 
 template <typename Element>
-void launch(const DeviceGroup& group, const HtCombineArgs& args, cudaStream_t stream) {
+__global__ void __launch_bounds__(kNumThreads, 1)
+    reduce_kernel(const __grid_constant__ DeviceGroup group,
+                  const __grid_constant__ HtCombineArgs args, CallRecord* record) {
+  wait_for_kernel_before();
+  if (is_running(group)) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) stamp(record, kStampMoving);
+    reduce_tokens<Element>(group, args);
+  }
+  finish_if_last(group, record);
+}
+
+template <typename Element>
+void launch(const DeviceGroup& group, const HtCombineArgs& args, CallRecord* record,
+            cudaStream_t stream) {
   constexpr int kMaxShared = 160 << 10;
   const int list_bytes = static_cast<int>(sizeof(uint4*)) * std::max(1, args.sizes.num_topk);
   const int num_warps = std::clamp(kMaxShared / list_bytes, 1, kNumWarps);
   const int shared_bytes = num_warps * list_bytes;
   EP_CHECK_CUDA(cudaFuncSetAttribute(reduce_kernel<Element>,
                                      cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  reduce_kernel<Element>
-      <<<args.sizes.num_threads, num_warps * kWarpSize, shared_bytes, stream>>>(group, args);
-  EP_CHECK_CUDA(cudaGetLastError());
+  const int num_blocks = args.sizes.num_tokens > 0 ? args.sizes.num_threads : 1;
+  const LaunchShape shape{num_blocks, num_warps * kWarpSize, shared_bytes};
+  launch_early(reduce_kernel<Element>, shape, stream, group, args, record);
 }
 
 }  // namespace
 
-void launch_reduce(const DeviceGroup& group, const HtCombineArgs& args, cudaStream_t stream) {
-  if (args.sizes.num_tokens == 0) return;
+void launch_reduce(const DeviceGroup& group, const HtCombineArgs& args, CallRecord* record,
+                   cudaStream_t stream) {
   switch (static_cast<RowType>(args.sizes.row_type)) {
     case RowType::kBF16:
-      return launch<BF16>(group, args, stream);
+      return launch<BF16>(group, args, record, stream);
     case RowType::kFP16:
-      return launch<FP16>(group, args, stream);
+      return launch<FP16>(group, args, record, stream);
     case RowType::kFP32:
-      return launch<FP32>(group, args, stream);
+      return launch<FP32>(group, args, record, stream);
     case RowType::kFP64:
-      return launch<FP64>(group, args, stream);
+      return launch<FP64>(group, args, record, stream);
     case RowType::kFP8:
       break;
   }

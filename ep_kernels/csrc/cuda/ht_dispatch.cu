@@ -3,7 +3,7 @@
 //   send   each warp   a piece of a token's row -> shared memory            load
 //                      shared memory -> every destination of the token      store
 //                      scales, choices, weights beside the first piece      send_side_data
-//   pad    each block  zero the padding of this rank's own groups           pad_kernel
+//   pad    each block  zero the padding of this rank's own groups           pad_results
 
 #include <algorithm>
 
@@ -11,8 +11,11 @@
 #include "core/types.h"
 #include "cuda/check_cuda.h"
 #include "cuda/device/bulk_copy.cuh"
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/elements.cuh"
+#include "cuda/device/work.cuh"
 #include "cuda/kernels.h"
+#include "cuda/launch.h"
 #include "cuda/protocol.cuh"
 
 namespace ep::cuda {
@@ -22,9 +25,8 @@ constexpr int kWarpSize = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kNumStages = 2;
 constexpr int kMaxWarps = 16;
-constexpr int kMaxPieceBytes = 16 << 10;
+constexpr int kMaxPieceBytes = 4 << 10;
 constexpr int kSharedBytes = 208 << 10;  // leaves room for the barriers
-constexpr int kPadThreads = 256;
 
 /// How rows are cut into pieces that fit a stage of shared memory.
 struct Pieces {
@@ -167,25 +169,29 @@ __device__ void load(const HtDispatchArgs& args, const Item& item, const Stages&
             item.num_bytes, stages.barrier(step));
 }
 
-/// Sends items first, first + stride, ... through shared memory, one stage ahead.
+/// Sends pieces of rows through shared memory, one stage ahead.
 __device__ void send_items(const DeviceGroup& group, const HtDispatchArgs& args,
-                           const Destinations& to, const Pieces& pieces, const Stages& stages,
-                           Range items, int stride) {
+                           const Destinations& to, const Pieces& pieces, const Stages& stages) {
   const int lane = threadIdx.x % kWarpSize;
+  const int64_t num_items = args.sizes.num_tokens * pieces.num_per_row;
+  const WorkQueue queue{&group.state->next_item};
+  int64_t i = queue.first();
+  uint32_t asked = queue.ask();
   Choice next{kNoRoute, -1};
-  if (items.begin < items.end) next = load_choice(args, items.begin / pieces.num_per_row, lane);
+  if (i < num_items) next = load_choice(args, i / pieces.num_per_row, lane);
   if (lane == 0) {
-    for (int i = 0; i < kNumStages; ++i) init_barrier(stages.barriers + i);
+    for (int j = 0; j < kNumStages; ++j) init_barrier(stages.barriers + j);
     fence_barrier_init();
-    if (items.begin < items.end) load(args, Item(args, pieces, items.begin), stages, 0);
+    if (i < num_items) load(args, Item(args, pieces, i), stages, 0);
   }
   __syncwarp();
-  int64_t step = 0;
-  for (int64_t i = items.begin; i < items.end; i += stride, ++step) {
+  for (int64_t step = 0, after; i < num_items; i = after, ++step) {
     const Item item(args, pieces, i);
     const Choice own = next;
-    if (i + stride < items.end) {
-      const Item ahead(args, pieces, i + stride);
+    after = queue.answer(asked);
+    if (after < num_items) {
+      asked = queue.ask();
+      const Item ahead(args, pieces, after);
       next = load_choice(args, ahead.token, lane);
       if (lane == 0) {
         wait_stores_read<0>();  // the stores out of the next stage
@@ -203,16 +209,21 @@ __device__ void send_items(const DeviceGroup& group, const HtDispatchArgs& args,
     });
     if (lane == 0) commit_stores();
   }
-  if (lane == 0) wait_stores_written();
+  if (lane == 0) {
+    wait_stores_written();
+    fence_async_stores();
+  }
 }
 
 #else
 
-/// Sends items first, first + stride, ... through registers.
+/// Sends pieces of rows through registers.
 __device__ void send_items(const DeviceGroup& group, const HtDispatchArgs& args,
-                           const Destinations& to, const Pieces& pieces, Range items, int stride) {
+                           const Destinations& to, const Pieces& pieces) {
   const int lane = threadIdx.x % kWarpSize;
-  for (int64_t i = items.begin; i < items.end; i += stride) {
+  const int64_t num_items = args.sizes.num_tokens * pieces.num_per_row;
+  const WorkQueue queue{&group.state->next_item};
+  for (int64_t i = queue.first(); i < num_items; i = queue.answer(queue.ask())) {
     const Item item(args, pieces, i);
     const auto* src =
         reinterpret_cast<const uint4*>(args.x + item.token * args.sizes.row_bytes + item.begin);
@@ -230,42 +241,19 @@ __device__ void send_items(const DeviceGroup& group, const HtDispatchArgs& args,
 
 #endif
 
-__global__ void __launch_bounds__(kMaxWarps* kWarpSize)
-    send_kernel(const __grid_constant__ DeviceGroup group,
-                const __grid_constant__ HtDispatchArgs args,
-                const __grid_constant__ Pieces pieces) {
-  if (!is_running(group)) return;
-  __shared__ Destinations to;
-  to.fill(group);
-  const int num_warps = blockDim.x / kWarpSize, warp = threadIdx.x / kWarpSize;
-  const Range items{int64_t{blockIdx.x} * num_warps + warp,
-                    args.sizes.num_tokens * pieces.num_per_row};
-  const int stride = gridDim.x * num_warps;
-#if defined(EP_HAS_BULK_COPY)
-  extern __shared__ __align__(128) uint8_t shared_bytes[];
-  __shared__ uint64_t barriers[kMaxWarps * kNumStages];
-  const Stages stages{shared_bytes + warp * kNumStages * pieces.num_bytes,
-                      barriers + warp * kNumStages, pieces.num_bytes};
-  send_items(group, args, to, pieces, stages, items, stride);
-#else
-  send_items(group, args, to, pieces, items, stride);
-#endif
-}
-
 __device__ void zero_rows(uint8_t* base, int64_t row_bytes, int64_t begin, int64_t end) {
   // Rows of side data are multiples of 4 bytes only.
   auto* words = reinterpret_cast<uint32_t*>(base + begin * row_bytes);
   for (int64_t i = threadIdx.x; i < (end - begin) * row_bytes / 4; i += blockDim.x) words[i] = 0;
 }
 
-/// Blocks take this rank's experts in turn; rank-major: block 0 marks the unused rows.
-__global__ void __launch_bounds__(kPadThreads)
-    pad_kernel(const __grid_constant__ DeviceGroup group,
-               const __grid_constant__ HtDispatchArgs args) {
-  if (!is_running(group)) return;
+/// Fills what no peer writes: in expert-major results the padding of this rank's groups, which
+/// blocks take in turn; in rank-major ones the unused rows' choices. All threads.
+__device__ void pad_results(const DeviceGroup& group, const HtDispatchArgs& args) {
   const HtSizes& sizes = args.sizes;
   uint8_t* own = group.pool(group.rank);
   if (static_cast<Layout>(sizes.layout) == Layout::kRankMajor) {
+    if (sizes.capacity < 0) return;
     const int64_t begin = min(args.routing.recv_sizes[0], sizes.capacity) * sizes.num_topk;
     const int64_t end = sizes.capacity * sizes.num_topk, stride = int64_t{gridDim.x} * blockDim.x;
     for (int64_t i = begin + blockIdx.x * blockDim.x + threadIdx.x; i < end; i += stride) {
@@ -275,6 +263,7 @@ __global__ void __launch_bounds__(kPadThreads)
     }
     return;
   }
+  if (sizes.expert_alignment == 1) return;
   for (int expert = blockIdx.x; expert < group.num_experts; expert += gridDim.x) {
     if (group.placement.rank_of[expert] != group.rank) continue;
     const int local = group.placement.local_of[expert];
@@ -290,6 +279,36 @@ __global__ void __launch_bounds__(kPadThreads)
   }
 }
 
+/// All threads.
+__device__ void send_rows(const DeviceGroup& group, const HtDispatchArgs& args,
+                          const Pieces& pieces) {
+  __shared__ Destinations to;
+  to.fill(group);
+#if defined(EP_HAS_BULK_COPY)
+  const int warp = threadIdx.x / kWarpSize;
+  extern __shared__ __align__(128) uint8_t shared_bytes[];
+  __shared__ uint64_t barriers[kMaxWarps * kNumStages];
+  const Stages stages{shared_bytes + warp * kNumStages * pieces.num_bytes,
+                      barriers + warp * kNumStages, pieces.num_bytes};
+  send_items(group, args, to, pieces, stages);
+#else
+  send_items(group, args, to, pieces);
+#endif
+}
+
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize)
+    send_kernel(const __grid_constant__ DeviceGroup group,
+                const __grid_constant__ HtDispatchArgs args, const __grid_constant__ Pieces pieces,
+                CallRecord* record) {
+  wait_for_kernel_before();
+  if (is_running(group)) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) stamp(record, kStampMoving);
+    send_rows(group, args, pieces);
+    pad_results(group, args);
+  }
+  finish_if_last(group, record);
+}
+
 Pieces cut_rows(int64_t row_bytes) {
   const int64_t num_per_row = ceil_div(row_bytes, int64_t{kMaxPieceBytes});
   const int64_t num_bytes = align_up(ceil_div(row_bytes, num_per_row), int64_t{16});
@@ -298,24 +317,16 @@ Pieces cut_rows(int64_t row_bytes) {
 
 }  // namespace
 
-void launch_send(const DeviceGroup& group, const HtDispatchArgs& args, cudaStream_t stream) {
-  if (args.sizes.num_tokens == 0) return;
+void launch_send(const DeviceGroup& group, const HtDispatchArgs& args, CallRecord* record,
+                 cudaStream_t stream) {
   const Pieces pieces = cut_rows(args.sizes.row_bytes);
   const int stages_bytes = kNumStages * pieces.num_bytes;
   const int num_warps = std::clamp(kSharedBytes / stages_bytes, 1, kMaxWarps);
   const int shared_bytes = num_warps * stages_bytes;
   EP_CHECK_CUDA(
       cudaFuncSetAttribute(send_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  send_kernel<<<args.sizes.num_threads, num_warps * kWarpSize, shared_bytes, stream>>>(group, args,
-                                                                                       pieces);
-  EP_CHECK_CUDA(cudaGetLastError());
-}
-
-void launch_pad(const DeviceGroup& group, const HtDispatchArgs& args, cudaStream_t stream) {
-  const bool by_expert = static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor;
-  if (by_expert ? args.sizes.expert_alignment == 1 : args.sizes.capacity < 0) return;
-  pad_kernel<<<args.sizes.num_threads, kPadThreads, 0, stream>>>(group, args);
-  EP_CHECK_CUDA(cudaGetLastError());
+  const LaunchShape shape{args.sizes.num_threads, num_warps * kWarpSize, shared_bytes};
+  launch_early(send_kernel, shape, stream, group, args, pieces, record);
 }
 
 }  // namespace ep::cuda

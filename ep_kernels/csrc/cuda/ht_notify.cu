@@ -1,7 +1,7 @@
 // Where every row goes, computed by all ranks alike.
 //
-//   count    each block   masks of the tokens that chose an expert, a rank; their sizes
-//   count_kernel notify   one block    chunk counts -> first rows within this rank scan_chunks
+//   count    each block   masks of the tokens that chose an expert, a rank; their sizes count_chunk
+//   notify   last block   chunk counts -> first rows within this rank scan_chunks
 //                         counts to all ranks, counts of all ranks                        exchange
 //                         first rows of this rank on every rank, sizes of own results     place_*
 //   plan     each block   row of each choice = first row of its chunk + tokens before it
@@ -19,8 +19,8 @@ namespace ep::cuda {
 namespace {
 
 constexpr int kMaskWords = kChunkTokens / 32;
-constexpr int kNumThreads = 256;
-constexpr int kNotifyThreads = 1024;
+constexpr int kNumThreads = 512;
+constexpr int kChunksAtOnce = 8;
 constexpr int64_t kNoBadChoice = INT64_MAX;
 
 /// For every column (rank, then expert) the set of the chunk's tokens that chose it, in shared
@@ -76,10 +76,9 @@ __device__ void fill_masks(const DeviceGroup& group, const HtDispatchArgs& args,
   __syncthreads();
 }
 
-__global__ void __launch_bounds__(kNumThreads)
-    count_kernel(const __grid_constant__ DeviceGroup group,
-                 const __grid_constant__ HtDispatchArgs args, int32_t* scratch) {
-  extern __shared__ uint32_t shared_words[];
+/// The sizes of the columns of chunk `blockIdx.x`. All threads.
+__device__ void count_chunk(const DeviceGroup& group, const HtDispatchArgs& args, int32_t* scratch,
+                            uint32_t* shared_words) {
   ChunkMasks masks{shared_words};
   fill_masks(group, args, masks);
   const int num_columns = group.num_ranks + group.num_experts;
@@ -142,10 +141,16 @@ __device__ int32_t* scan_chunks(const DeviceGroup& group, int32_t* scratch, int6
   int32_t* totals = scratch + chunks * num_columns;
   for (int column = threadIdx.x; column < num_columns; column += blockDim.x) {
     int32_t sum = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const int32_t count = scratch[chunk * num_columns + column];
-      scratch[chunk * num_columns + column] = sum;
-      sum += count;
+    for (int64_t first = 0; first < chunks; first += kChunksAtOnce) {
+      int32_t counts[kChunksAtOnce];  // all loads are under way before the first store
+#pragma unroll
+      for (int i = 0; i < kChunksAtOnce; ++i)
+        counts[i] = first + i < chunks ? __ldcg(&scratch[(first + i) * num_columns + column]) : 0;
+#pragma unroll
+      for (int i = 0; i < kChunksAtOnce; ++i) {
+        if (first + i < chunks) scratch[(first + i) * num_columns + column] = sum;
+        sum += counts[i];
+      }
     }
     totals[column] = sum;
   }
@@ -153,12 +158,8 @@ __device__ int32_t* scan_chunks(const DeviceGroup& group, int32_t* scratch, int6
   return totals;
 }
 
-/// A rank that found a bad choice refuses the call, and says which.
-__device__ PostArgs refuse_bad_choice(const DeviceGroup& group, const HtDispatchArgs& args,
-                                      const PostArgs& post) {
-  const int64_t code = group.state->bad_choice[0];
-  if (code == kNoBadChoice) return post;
-  PostArgs refusal{};
+/// What a rank that found a bad choice posts instead: it refuses the call, and says which.
+__device__ void fill_refusal(const HtDispatchArgs& args, int64_t code, PostArgs& refusal) {
   const int64_t index = code / 2;
   const CallStatus kind = code % 2 ? CallStatus::kTwice : CallStatus::kBadExpert;
   refusal.fields[kFieldOp] = static_cast<int64_t>(Op::kRefused);
@@ -166,21 +167,22 @@ __device__ PostArgs refuse_bad_choice(const DeviceGroup& group, const HtDispatch
   refusal.fields[kFieldLayout + 1] = index / args.sizes.num_topk;
   refusal.fields[kFieldLayout + 2] = index % args.sizes.num_topk;
   refusal.fields[kFieldLayout + 3] = args.routing.topk_idx[index];
-  return refusal;
+  refusal.has_text = 0;
 }
 
 /// Sums over ranks of every column of the count matrix, in shared memory.
 struct ColumnSums {
-  int32_t* before;  ///< rows of the ranks before this one
-  int32_t* total;   ///< rows of all ranks
+  int64_t* total;   ///< rows of all ranks
+  int32_t* before;  ///< rows of the ranks before this one; meaningless if there are too many rows
 };
 
 __device__ void sum_columns(const DeviceGroup& group, uint64_t seq, const ColumnSums& sums) {
   const int num_columns = group.num_ranks + group.num_experts;
   for (int column = threadIdx.x; column < num_columns; column += blockDim.x) {
-    int32_t total = 0;
+    int64_t total = 0;
+#pragma unroll 8
     for (int src = 0; src < group.num_ranks; ++src) {
-      if (src == group.rank) sums.before[column] = total;
+      if (src == group.rank) sums.before[column] = static_cast<int32_t>(total);
       total += counts_of(post_of(group, seq, group.rank, src))[column];
     }
     sums.total[column] = total;
@@ -198,29 +200,46 @@ __device__ void fill_rank_counts(const DeviceGroup& group, const HtDispatchArgs&
 }
 
 /// Inclusive sum over the lanes of a warp.
-__device__ int32_t scan_lanes(int32_t value, int lane) {
+__device__ int64_t scan_lanes(int64_t value, int lane) {
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
-    const int32_t below = __shfl_up_sync(0xffffffffu, value, distance);
+    const int64_t below = __shfl_up_sync(0xffffffffu, value, distance);
     if (lane >= distance) value += below;
   }
   return value;
 }
 
+/// The lowest rank that would receive more rows than can be numbered, and how many. One word, so
+/// that an atomic minimum finds it: rank, then rows. All ranks find the same.
+struct TooManyRows {
+  static constexpr unsigned long long kNobody = ~0ull;
+  static constexpr int kRowBits = 56;
+  unsigned long long* word;  ///< in shared memory
+
+  __device__ void check(int rank, int64_t num_rows) const {
+    if (num_rows > INT32_MAX)
+      atomicMin(word, static_cast<unsigned long long>(rank) << kRowBits | num_rows);
+  }
+  __device__ int rank() const { return static_cast<int>(*word >> kRowBits); }
+  __device__ int64_t num_rows() const {
+    return static_cast<int64_t>(*word & ((1ull << kRowBits) - 1));
+  }
+};
+
 /// Adds to the sums' `before` where each expert's group begins on its rank, and fills this rank's
 /// own groups. A warp per rank goes through the experts, 32 at a time.
 __device__ void place_groups(const DeviceGroup& group, const HtDispatchArgs& args,
-                             const ColumnSums& sums) {
+                             const ColumnSums& sums, const TooManyRows& too_many) {
   const int lane = threadIdx.x % 32, num_warps = blockDim.x / 32;
   for (int dst = threadIdx.x / 32; dst < group.num_ranks; dst += num_warps) {
-    int32_t end_of_groups = 0, num_real_rows = 0;
+    int64_t end_of_groups = 0, num_real_rows = 0;
     for (int first = 0; first < group.num_experts; first += 32) {
       const int expert = first + lane, column = group.num_ranks + expert;
       const bool is_here = expert < group.num_experts && group.placement.rank_of[expert] == dst;
-      const int32_t total = is_here ? sums.total[column] : 0;
-      const int32_t size = align_up(total, args.sizes.expert_alignment);
-      const int32_t end = end_of_groups + scan_lanes(size, lane);
-      if (is_here) sums.before[column] += end - size;
+      const int64_t total = is_here ? sums.total[column] : 0;
+      const int64_t size = align_up(total, int64_t{args.sizes.expert_alignment});
+      const int64_t end = end_of_groups + scan_lanes(size, lane);
+      if (is_here) sums.before[column] += static_cast<int32_t>(end - size);
       if (is_here && dst == group.rank) {
         const int local = group.placement.local_of[expert];
         args.routing.expert_offsets[local + 1] = end;
@@ -228,6 +247,7 @@ __device__ void place_groups(const DeviceGroup& group, const HtDispatchArgs& arg
       end_of_groups = __shfl_sync(0xffffffffu, end, 31);
       num_real_rows += __shfl_sync(0xffffffffu, scan_lanes(total, lane), 31);
     }
+    if (lane == 0) too_many.check(dst, end_of_groups);
     if (dst != group.rank || lane != 0) continue;
     args.routing.recv_sizes[0] = end_of_groups;
     args.routing.recv_sizes[1] = num_real_rows;
@@ -247,6 +267,31 @@ __device__ void clear_receiver(const DeviceGroup& group, const HtDispatchArgs& a
   for (int i = threadIdx.x; i < group.num_ranks * group.num_ranks; i += blockDim.x)
     args.routing.rank_counts[i] = 0;
   __syncthreads();
+}
+
+/// All threads: where the groups are, if there are any. False: too many rows, the call has ended.
+__device__ bool place_rows(const DeviceGroup& group, const HtDispatchArgs& args,
+                           const ColumnSums& sums, CallRecord* record) {
+  __shared__ unsigned long long word;
+  const TooManyRows too_many{&word};
+  if (threadIdx.x == 0) word = TooManyRows::kNobody;
+  __syncthreads();
+  if (static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor) {
+    place_groups(group, args, sums, too_many);
+  } else {
+    for (int dst = threadIdx.x; dst < group.num_ranks; dst += blockDim.x)
+      too_many.check(dst, sums.total[dst]);
+    __syncthreads();
+  }
+  if (word == TooManyRows::kNobody) return true;
+  clear_receiver(group, args);
+  if (threadIdx.x == 0 && set_status(group, CallStatus::kTooManyRows)) {
+    record->rank = too_many.rank();
+    record->detail[0] = too_many.num_rows();
+    __threadfence_system();
+    store_word(&record->has_sizes, kSizesNever);
+  }
+  return false;
 }
 
 /// The receiver's part of the routing that does not depend on the layout's group starts.
@@ -305,11 +350,19 @@ __device__ void publish_sizes(const HtDispatchArgs& args, int num_local_experts,
 /// All threads: this rank's counts go out, everybody's come in. False: the call has ended.
 __device__ bool exchange(const DeviceGroup& group, const HtDispatchArgs& args, const PostArgs& post,
                          const int32_t* own_counts, CallRecord* record) {
+  __shared__ PostArgs refusal;
   const uint64_t seq = group.state->num_calls;
+  const int64_t bad_choice = group.state->bad_choice[0];
+  if (bad_choice != kNoBadChoice && threadIdx.x == 0) fill_refusal(args, bad_choice, refusal);
   wait_slot(group, record, seq);
-  send_post(group, seq, refuse_bad_choice(group, args, post), own_counts);
+  __syncthreads();
+  if (bad_choice == kNoBadChoice)
+    send_post(group, seq, post, own_counts);
+  else
+    send_post(group, seq, refusal, own_counts);
   wait_posts(group, record, seq);
   check_agreement(group, record, seq);
+  if (threadIdx.x == 0) stamp(record, kStampAgreed);
   if (threadIdx.x == 0 && !is_running(group)) {
     __threadfence_system();
     store_word(&record->has_sizes, kSizesNever);
@@ -318,29 +371,47 @@ __device__ bool exchange(const DeviceGroup& group, const HtDispatchArgs& args, c
   return is_running(group);
 }
 
-__global__ void __launch_bounds__(kNotifyThreads)
-    notify_kernel(const __grid_constant__ DeviceGroup group,
-                  const __grid_constant__ HtDispatchArgs args,
-                  const __grid_constant__ PostArgs post, int32_t* scratch, int64_t chunks,
-                  CallRecord* record) {
-  extern __shared__ int32_t shared_sums[];
+/// All threads of the block that counted last.
+__device__ void notify(const DeviceGroup& group, const HtDispatchArgs& args, const PostArgs& post,
+                       int32_t* scratch, CallRecord* record) {
+  extern __shared__ int64_t shared_sums[];
+  const int64_t chunks = gridDim.x;
   clear_receiver(group, args);
   if (!is_running(group)) return;
   const int num_columns = group.num_ranks + group.num_experts;
-  const ColumnSums sums{shared_sums, shared_sums + num_columns};
+  const ColumnSums sums{shared_sums, reinterpret_cast<int32_t*>(shared_sums + num_columns)};
 
   const int32_t* own_counts = scan_chunks(group, scratch, chunks);
   if (!exchange(group, args, post, own_counts, record)) return;
   sum_columns(group, group.state->num_calls, sums);
   fill_rank_counts(group, args, group.state->num_calls);
-  if (static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor)
-    place_groups(group, args, sums);
+  if (!place_rows(group, args, sums, record)) return;
   fill_receiver(group, args, sums, own_counts);
   count_overflow(group, args);
   __syncthreads();
   publish_sizes(args, group.num_local_experts, record);
+  if (threadIdx.x == 0) stamp(record, kStampSized);
   for (int64_t i = threadIdx.x; i < chunks * num_columns; i += blockDim.x)
     scratch[i] += sums.before[i % num_columns];
+}
+
+__global__ void __launch_bounds__(kNumThreads)
+    notify_kernel(const __grid_constant__ DeviceGroup group,
+                  const __grid_constant__ HtDispatchArgs args,
+                  const __grid_constant__ PostArgs post, int32_t* scratch, CallRecord* record) {
+  extern __shared__ uint32_t shared_words[];
+  __shared__ bool is_last;
+  if (blockIdx.x == 0 && threadIdx.x == 0) stamp(record, kStampBegin);
+  count_chunk(group, args, scratch, shared_words);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicAdd(&group.state->blocks_done, 1u) == gridDim.x - 1;
+    __threadfence();
+    if (is_last) group.state->blocks_done = 0;
+  }
+  __syncthreads();
+  if (is_last) notify(group, args, post, scratch, record);
 }
 
 template <typename Kernel>
@@ -356,27 +427,21 @@ size_t mask_bytes(const DeviceGroup& group) {
 }
 
 unsigned num_blocks(const HtDispatchArgs& args) {
-  return static_cast<unsigned>(std::max<int64_t>(1, num_chunks(args.sizes.num_tokens)));
+  return static_cast<unsigned>(num_chunks(args.sizes.num_tokens));
 }
 
 }  // namespace
 
-int64_t num_chunks(int64_t num_tokens) { return ceil_div(num_tokens, int64_t{kChunkTokens}); }
-
-void launch_count(const DeviceGroup& group, const HtDispatchArgs& args, int32_t* scratch,
-                  cudaStream_t stream) {
-  if (args.sizes.num_tokens == 0) return;
-  allow_shared_memory(count_kernel, mask_bytes(group));
-  count_kernel<<<num_blocks(args), kNumThreads, mask_bytes(group), stream>>>(group, args, scratch);
-  EP_CHECK_CUDA(cudaGetLastError());
+int64_t num_chunks(int64_t num_tokens) {
+  return std::max(int64_t{1}, ceil_div(num_tokens, int64_t{kChunkTokens}));
 }
 
 void launch_notify(const DeviceGroup& group, const HtDispatchArgs& args, const PostArgs& post,
                    int32_t* scratch, CallRecord* record, cudaStream_t stream) {
-  const size_t num_bytes = size_t{2 * sizeof(int32_t)} * (group.num_ranks + group.num_experts);
-  allow_shared_memory(notify_kernel, num_bytes);
-  notify_kernel<<<1, kNotifyThreads, num_bytes, stream>>>(
-      group, args, post, scratch, num_chunks(args.sizes.num_tokens), record);
+  static_assert(kMaskWords >= 3, "the sums of columns take the place of the masks");
+  allow_shared_memory(notify_kernel, mask_bytes(group));
+  notify_kernel<<<num_blocks(args), kNumThreads, mask_bytes(group), stream>>>(group, args, post,
+                                                                              scratch, record);
   EP_CHECK_CUDA(cudaGetLastError());
 }
 

@@ -1,10 +1,11 @@
-// The calls' common ends, one block each: the announcement before, the completion after.
+// The steps of a call that move no rows, one block each.
 //
-//   post     announce the call, wait for all ranks, compare                       post_kernel
-//   offer    say where this rank's memory is, wait until all ranks have           offer_kernel
-//   finish   "done" to all ranks, wait for theirs, report, make ready for the next finish_kernel
+//   post     announce the call, wait for all ranks, compare               post_kernel
+//   offer    say where this rank's memory is, wait until all ranks have   offer_kernel
+//   finish   of calls that move no rows at all                            finish_kernel
 
 #include "cuda/check_cuda.h"
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/kernels.h"
 #include "cuda/protocol.cuh"
 
@@ -16,12 +17,15 @@ constexpr int kNumThreads = 128;
 __global__ void __launch_bounds__(kNumThreads)
     post_kernel(const __grid_constant__ DeviceGroup group, const __grid_constant__ PostArgs post,
                 CallRecord* record) {
+  if (threadIdx.x == 0) stamp(record, kStampBegin);
   if (!is_running(group)) return;
   const uint64_t seq = group.state->num_calls;
   wait_slot(group, record, seq);
   send_post(group, seq, post, nullptr);
   wait_posts(group, record, seq);
   check_agreement(group, record, seq);
+  if (threadIdx.x == 0) stamp(record, kStampAgreed);
+  let_next_kernel_launch();
 }
 
 __global__ void __launch_bounds__(kNumThreads)
@@ -43,7 +47,9 @@ __global__ void __launch_bounds__(kNumThreads)
     group.state->offers[peer] = word<OfferSlot>(group, group.rank, layout.offers)[slot].offer;
   }
   __syncthreads();
+  let_next_kernel_launch();
   if (threadIdx.x != 0) return;
+  stamp(record, kStampOffered);
   for (int peer = 0; peer < group.num_ranks; ++peer)
     if (group.state->offers[peer].failed && set_status(group, CallStatus::kNoMemory))
       record->rank = peer;
@@ -51,25 +57,7 @@ __global__ void __launch_bounds__(kNumThreads)
 
 __global__ void __launch_bounds__(kNumThreads)
     finish_kernel(const __grid_constant__ DeviceGroup group, CallRecord* record) {
-  LocalState& state = *group.state;
-  const uint64_t seq = state.num_calls;
-  if (!state.failed) {
-    // The rows were written by earlier kernels of this stream, which have ended.
-    __threadfence_system();
-    for (int peer = threadIdx.x; peer < group.num_ranks; peer += blockDim.x)
-      store_flag(&peer_line(group, peer, group.rank).done, seq + 1);
-    for (int peer = threadIdx.x; peer < group.num_ranks && is_running(group); peer += blockDim.x)
-      wait_flag(group, record, &peer_line(group, group.rank, peer).done, seq + 1, peer,
-                Phase::kDone);
-  }
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  const int32_t status = state.call_status;
-  record->status = status == 0 ? static_cast<int32_t>(CallStatus::kOk) : status;
-  __threadfence_system();
-  state.bad_choice[0] = INT64_MAX;
-  state.call_status = state.failed ? static_cast<int32_t>(CallStatus::kSkipped) : 0;
-  state.num_calls = seq + 1;
+  finish(group, record);
 }
 
 }  // namespace

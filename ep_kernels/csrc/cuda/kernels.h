@@ -5,14 +5,14 @@
 #include "core/ht_args.h"
 #include "cuda/group.h"
 
-// The kernels of the high-throughput mode. Each function enqueues on `stream` and returns. Kernels
-// that wait for peers have one block; those that move rows never wait, so that ranks which share a
-// GPU cannot starve each other.
+// The kernels of the high-throughput mode. Each function enqueues on `stream` and returns. At most
+// one block of a rank waits for peers at any time: kernels that do have one block, or do so in the
+// block that comes last. So ranks which share a GPU cannot starve each other.
 //
-//   fresh dispatch   count, notify, plan, offer, send, pad, finish
-//   with capacity    count, notify, plan, send, pad, finish
-//   cached handle    post, send, pad, finish
-//   combine          post, reduce, finish
+//   fresh dispatch   notify, plan, offer, send
+//   with capacity    notify, plan, send
+//   cached handle    post, send
+//   combine          post, reduce
 //   barrier, refusal post, finish
 
 namespace ep::cuda {
@@ -20,11 +20,8 @@ namespace ep::cuda {
 /// Scratch of a fresh dispatch: int32 [num_chunks(num_tokens) + 1, num_ranks + num_experts].
 int64_t num_chunks(int64_t num_tokens);
 
-/// Counts the choices of every chunk of tokens; notes the first bad one.
-void launch_count(const DeviceGroup& group, const HtDispatchArgs& args, int32_t* scratch,
-                  cudaStream_t stream);
-
-/// Exchanges the counts; turns scratch into first rows; fills the receiver's part of the routing.
+/// Counts the choices of every chunk of tokens and notes the first bad one; exchanges the counts;
+/// turns scratch into first rows; fills the receiver's part of the routing.
 void launch_notify(const DeviceGroup& group, const HtDispatchArgs& args, const PostArgs& post,
                    int32_t* scratch, CallRecord* record, cudaStream_t stream);
 
@@ -40,16 +37,20 @@ void launch_post(const DeviceGroup& group, const PostArgs& post, CallRecord* rec
 void launch_offer(const DeviceGroup& group, const Offer& offer, CallRecord* record,
                   cudaStream_t stream);
 
-/// Writes this rank's rows to their final place.
-void launch_send(const DeviceGroup& group, const HtDispatchArgs& args, cudaStream_t stream);
+/// Writes this rank's rows to their final place, fills what no peer writes in its own results, and
+/// finishes the call.
+void launch_send(const DeviceGroup& group, const HtDispatchArgs& args, CallRecord* record,
+                 cudaStream_t stream);
 
-/// Fills what no peer writes in this rank's own results.
-void launch_pad(const DeviceGroup& group, const HtDispatchArgs& args, cudaStream_t stream);
+/// Reads the rows of this rank's tokens from their ranks, sums them, and finishes the call.
+void launch_reduce(const DeviceGroup& group, const HtCombineArgs& args, CallRecord* record,
+                   cudaStream_t stream);
 
-/// Reads the rows of this rank's tokens from their ranks and sums them.
-void launch_reduce(const DeviceGroup& group, const HtCombineArgs& args, cudaStream_t stream);
+/// Copies a multiple of 4 KiB the way launch_send() does.
+void launch_copy(uint8_t* dst, const uint8_t* src, int64_t num_bytes, int num_blocks,
+                 cudaStream_t stream);
 
-/// Says that this rank is through with the call, waits until all are, reports to the host.
+/// Finishes a call: says that this rank is through, waits until all are, reports to the host.
 void launch_finish(const DeviceGroup& group, CallRecord* record, cudaStream_t stream);
 
 }  // namespace ep::cuda

@@ -27,6 +27,11 @@ __device__ __forceinline__ int32_t* counts_of(Post& post) {
   return reinterpret_cast<int32_t*>(&post + 1);
 }
 
+/// One thread.
+__device__ __forceinline__ void stamp(CallRecord* record, Stamp which) {
+  record->stamps[which] = now_ns();
+}
+
 /// Ends the call under way with `status`. Writer: any thread; the first one counts.
 __device__ __forceinline__ bool set_status(const DeviceGroup& group, CallStatus status) {
   return atomicCAS(&group.state->call_status, 0, static_cast<int32_t>(status)) == 0;
@@ -119,6 +124,48 @@ __device__ inline void wait_posts(const DeviceGroup& group, CallRecord* record, 
     group.state->capacities[peer] = post.capacity;
   }
   __syncthreads();
+}
+
+/// All threads of the block that comes last.
+__device__ inline void finish(const DeviceGroup& group, CallRecord* record) {
+  LocalState& state = *group.state;
+  const uint64_t seq = state.num_calls;
+  if (threadIdx.x == 0) stamp(record, kStampMoved);
+  if (!state.failed) {
+    for (int peer = threadIdx.x; peer < group.num_ranks; peer += blockDim.x)
+      store_flag(&peer_line(group, peer, group.rank).done, seq + 1);
+    for (int peer = threadIdx.x; peer < group.num_ranks && is_running(group); peer += blockDim.x)
+      wait_flag(group, record, &peer_line(group, group.rank, peer).done, seq + 1, peer,
+                Phase::kDone);
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  stamp(record, kStampDone);
+  const int32_t status = state.call_status;
+  store_word(reinterpret_cast<uint32_t*>(&record->status),
+             static_cast<uint32_t>(status == 0 ? static_cast<int32_t>(CallStatus::kOk) : status));
+  state.bad_choice[0] = INT64_MAX;
+  state.call_status = state.failed ? static_cast<int32_t>(CallStatus::kSkipped) : 0;
+  state.blocks_done = 0;
+  state.next_item = 0;
+  state.num_calls = seq + 1;
+}
+
+/// All threads of every block of the call's last kernel, at its end. The block that comes here last
+/// tells all ranks that this one is through, waits until all are, and reports to the host: one
+/// block, so that waiting takes no room from kernels of peers on the same device.
+///
+/// Order: each block's stores, its fence, its arrival; all arrivals, a fence, the flags to peers.
+__device__ inline void finish_if_last(const DeviceGroup& group, CallRecord* record) {
+  __shared__ bool is_last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence_system();
+    is_last = atomicAdd(&group.state->blocks_done, 1u) == gridDim.x - 1;
+    __threadfence_system();
+  }
+  __syncthreads();
+  if (is_last) finish(group, record);
 }
 
 /// Reports the refusal of rank `src`. One that a kernel made says what it found in its fields, one

@@ -76,6 +76,11 @@ __device__ __forceinline__ void wait_stores_written() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
+/// Orders written bulk stores before what this thread publishes by ordinary stores.
+__device__ __forceinline__ void fence_async_stores() {
+  asm volatile("fence.proxy.async;" ::: "memory");
+}
+
 #endif  // EP_HAS_BULK_COPY
 
 }  // namespace ep::cuda

@@ -1,0 +1,34 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "cuda/check_cuda.h"
+
+namespace ep::cuda {
+
+struct LaunchShape {
+  int num_blocks, num_threads, shared_bytes;
+};
+
+/// Launches a kernel that may be put on the SMs while the kernel before it ends, which it has to
+/// wait for (device/dependent_launch.cuh). Devices before sm_90 launch it after that kernel.
+template <typename... Parameters, typename... Arguments>
+void launch_early(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,
+                  const Arguments&... arguments) {
+  int device = 0, major = 0;
+  EP_CHECK_CUDA(cudaGetDevice(&device));
+  EP_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(shape.num_blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.num_threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  EP_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+}  // namespace ep::cuda

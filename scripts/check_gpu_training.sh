@@ -1,0 +1,172 @@
+#!/usr/bin/env bash
+# Shows on GPUs what megatron_ep does there. See --help.
+set -uo pipefail
+
+usage() {
+  cat <<'TEXT'
+Usage: scripts/check_gpu_training.sh [--output DIR] [--data PREFIX] [STEP ...]
+
+Runs these steps, all of them even when one fails, and prints their numbers as they come:
+
+  layer   the tests of the MoE layer and of its chunks: deepep computes what alltoall does
+  fp32    trains a small MoE GPT with 2 ranks under alltoall, deepep and deepep in 2 chunks, and
+          compares the losses
+  bf16    the same in bf16
+  fp8     the same in FP8, where Transformer Engine is installed
+  bench2  times one MoE layer under all dispatchers with 2 ranks, and writes its timeline
+  bench4  the same with 4 ranks
+
+Without a STEP: all. The status is 0 if every step was. Ranks that share a GPU get an MPS daemon of
+their own. Needs the packages of the extras megatron and dev, and the compiled core with its CUDA part.
+
+  --output DIR   for metrics and timelines (default: runs/check_gpu_training)
+  --data PREFIX  .bin/.idx files of bytes (default: made of sources of the standard library)
+  --help         this text
+
+Environment:
+  TRAIN_STEPS    100    BENCH_FLAGS   further flags of megatron_ep.bench, such as "--iterations 20"
+  STEP_TIMEOUT   180    seconds for each command
+TEXT
+}
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+output=runs/check_gpu_training
+data=
+steps=()
+failed=()
+
+say() { printf '\n[check] %s\n' "$*"; }
+die() {
+  printf '[check] *** %s\n' "$*" >&2
+  exit 2
+}
+
+arguments=("$@")
+while [ $# -gt 0 ]; do
+  case $1 in
+    --output | --data)
+      [ $# -gt 1 ] || die "$1 needs a value (see --help)"
+      if [ "$1" = --output ]; then output=$2; else data=$2; fi
+      shift
+      ;;
+    -h | --help)
+      usage
+      exit 0
+      ;;
+    layer | fp32 | bf16 | fp8 | bench2 | bench4) steps+=("$1") ;;
+    *) die "unknown step or option $1 (see --help)" ;;
+  esac
+  shift
+done
+[ ${#steps[@]} -gt 0 ] || steps=(layer fp32 bf16 fp8 bench2 bench4)
+
+num_gpus=$(python -c 'import torch; print(torch.cuda.device_count())') || die "torch cannot be imported"
+[ "$num_gpus" -gt 0 ] || die "torch finds no CUDA device"
+if [ "$num_gpus" -lt 4 ] && [ -z "${CUDA_MPS_PIPE_DIRECTORY:-}" ]; then
+  if command -v nvidia-cuda-mps-control >/dev/null; then
+    exec "$root/scripts/with_mps.sh" "$0" "${arguments[@]}"
+  fi
+  say "*** no MPS here: ranks that share a GPU take turns, and their times mean nothing"
+fi
+
+cd "$root" || exit
+mkdir -p "$output"
+# One thread per rank: several ranks share the cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONWARNINGS=ignore
+has_te=no
+if python -c 'import transformer_engine.pytorch' 2>/dev/null; then has_te=yes; fi
+say "$num_gpus GPU(s), Transformer Engine: $has_te, under MPS: ${CUDA_MPS_PIPE_DIRECTORY:+yes}"
+
+# Runs a command within its time, and remembers when it fails; "$1" names it.
+run() {
+  local name=$1 status=0 begin=$SECONDS
+  shift
+  say "$name: $*"
+  timeout --kill-after=10 "${STEP_TIMEOUT:-180}" "$@" || status=$?
+  [ "$status" = 0 ] || failed+=("$name (status $status)")
+  say "$name: status $status after $((SECONDS - begin)) s"
+  return "$status"
+}
+
+ranks() {
+  local count=$1
+  shift
+  echo python -m torch.distributed.run --standalone --nproc-per-node "$count" -m "$@"
+}
+
+make_data() {
+  [ -z "$data" ] || return 0
+  data=$output/data/bytes
+  [ ! -e "$data.idx" ] || return 0
+  local stdlib
+  stdlib=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
+  run data python -m megatron_ep.preprocess --suffix .py --skip-undecodable --output "$data" \
+    --input "$stdlib"/{asyncio,concurrent,email,json,logging,multiprocessing,unittest}
+}
+
+# Trains once; "$1" names the run, the rest are flags.
+train() {
+  local name=$1 folder=$output/$1
+  shift
+  rm -rf "$folder"
+  # shellcheck disable=SC2046  # words
+  run "$name" $(ranks 2 megatron_ep.pretrain) --config configs/quickstart.yaml --device cuda \
+    --data-path "$data" --save "$folder" --no-save-at-end --tensorboard-dir none \
+    --metrics-file "$folder/metrics.jsonl" --eval-interval none --no-progress-bar \
+    --train-iters "${TRAIN_STEPS:-100}" "$@"
+}
+
+# Trains in the precision "$1" under each dispatcher; losses may differ by "$2", relatively. The rest
+# are flags of all runs.
+train_all() {
+  local precision=$1 bound=$2
+  shift 2
+  make_data || return
+  local names=(alltoall deepep chunks)
+  train "$precision-alltoall" --moe-token-dispatcher-type alltoall "$@"
+  train "$precision-deepep" "$@"
+  train "$precision-chunks" --ep-num-chunks 2 "$@"
+  run "$precision: losses" python -m megatron_ep.compare_losses "${names[@]/#/$output/$precision-}" \
+    --within "$bound"
+}
+
+bench() {
+  local count=$1 te=()
+  [ "$has_te" = no ] || te=(--te)
+  # shellcheck disable=SC2046,SC2086  # words
+  run "bench$count" $(ranks "$count" megatron_ep.bench) --device cuda "${te[@]}" \
+    --hidden 4096 --ffn-hidden 256 --experts 64 --topk 8 --tokens 2048 \
+    --dispatchers alltoall allgather deepep deepep/2 deepep/4 deepep/8 \
+    --trace "$output/bench$count.json" ${BENCH_FLAGS:-}
+}
+
+te_flags=()
+[ "$has_te" = no ] || te_flags=(--transformer-impl transformer_engine --moe-grouped-gemm)
+
+for step in "${steps[@]}"; do
+  case $step in
+    layer)
+      run layer python -m pytest -q -p no:cacheprovider tests/megatron/test_moe_layer.py \
+        tests/megatron/test_overlap.py tests/megatron/test_trace.py -k "cuda and not tp2 and not tp4"
+      ;;
+    fp32) train_all fp32 1e-3 --transformer-impl local ;;
+    bf16) train_all bf16 0.1 --precision bf16 "${te_flags[@]}" ;;
+    fp8)
+      if [ "$has_te" = yes ]; then
+        train_all fp8 0.1 --precision bf16 "${te_flags[@]}" --fp8-format hybrid \
+          --fp8-recipe tensorwise --moe-router-padding-for-quantization
+      else
+        say "fp8: left out, since Transformer Engine cannot be imported"
+      fi
+      ;;
+    bench2) bench 2 ;;
+    bench4) bench 4 ;;
+  esac
+done
+
+if [ ${#failed[@]} -gt 0 ]; then
+  say "FAILED: ${failed[*]}"
+  exit 1
+fi
+say "all done in $SECONDS s"
