@@ -81,7 +81,7 @@ class CudaLowLatency:
         backend.when_destroyed(self._delete)
 
     def choose_num_sms(self, wanted: int | None, *, default: int) -> int:
-        """Blocks of a call. All ranks' blocks must fit on the GPU at once: they wait for each other.
+        """Blocks of a call. Those of all ranks must fit on the GPU: they wait for each other.
 
         A call that is over in microseconds takes more of them than rates ask for.
         """
