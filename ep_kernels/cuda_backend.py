@@ -244,7 +244,7 @@ class CudaBackend:
         num_sharing = sum(device == own_id for device, _ in ranks)
         measured = measure_num_sms(
             self._copy_rate,
-            pool_bytes=self._pool_bytes,
+            pool_bytes=self._pool_bytes - self.pool_stats()["used_bytes"],
             max_num_sms=max(1, properties.multi_processor_count // num_sharing),
         )
         agreed = int(statistics.median_low(bootstrap.all_gather(measured)))
