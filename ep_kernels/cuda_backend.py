@@ -91,7 +91,7 @@ class CudaBackend:
         self.device = torch.device(settings.device)
         self._pid = os.getpid()
         self._pool_base, self._pool_bytes = 0, settings.total_pool_bytes
-        self._rest_bytes, self.max_num_sms = settings.pool_bytes, 1
+        self.max_num_sms = 1
         self._region: Reservation | None = None
         self._when_destroyed: list[Callable[[], None]] = []
         self._pending: list[tuple[int, Any]] = []  # call, what it uses
@@ -259,7 +259,7 @@ class CudaBackend:
             return wanted
         measured = measure_num_sms(
             self._copy_rate,
-            pool_bytes=self._rest_bytes,
+            pool_bytes=self._pool_bytes - self.pool_stats()["used_bytes"],
             max_num_sms=self.max_num_sms,
         )
         agreed = int(statistics.median_low(bootstrap.all_gather(measured)))

@@ -45,9 +45,7 @@ def default_timeout_s() -> float:
 
 def num_sms() -> int | None:
     """SMs per rank; None: to be chosen from measured rates."""
-    if not os.environ.get("EP_KERNELS_NUM_SMS"):
-        return None
-    return int(_number("EP_KERNELS_NUM_SMS", 1))
+    return int(_number("EP_KERNELS_NUM_SMS", 1)) if os.environ.get("EP_KERNELS_NUM_SMS") else None
 
 
 def default_num_threads(num_local_ranks: int) -> int:

@@ -33,10 +33,10 @@ def measure_num_sms(
     Args:
         copy_rate: (num_sms, num_bytes) -> bytes per second of a copy by this rank while all others
             make it, too.
-        pool_bytes: memory that copies may use, half as source and half as destination.
+        pool_bytes: free memory of the pool. A copy uses at most half of it.
         max_num_sms: SMs of the device over the ranks on it.
     """
-    limit = pool_bytes // 2
+    limit = pool_bytes // 4  # source and destination
     if limit < MIN_COPY_BYTES:
         return min(DEFAULT, max_num_sms)
     of_all = _median_rate(copy_rate, max_num_sms, min(COPY_BYTES, limit))

@@ -239,6 +239,7 @@ def make_buffer(backend, *, group=None, case=None, **options):
 
     options.setdefault("pool_bytes", 256 << 20)
     if backend == "cuda":
+        options.setdefault("num_sms", 8)  # not measured for each of many buffers
         options.setdefault("device", f"cuda:{dist.get_rank() % torch.cuda.device_count()}")
         buffer = ep_kernels.Buffer(group, **options)
         dirty(buffer, options["pool_bytes"] // 2)

@@ -455,6 +455,22 @@ def test_properties_of_a_buffer(ranks, backend):
     ranks.run(on_rank_properties, backend)
 
 
+def on_rank_chosen_num_sms(rank, backend):
+    with cases.make_buffer(backend, num_experts=2, num_sms=[None, 5][rank]) as wanted:
+        first = wanted.num_sms
+    with cases.make_buffer(backend, num_experts=2, num_sms=None) as buffer:
+        cases.check_round_trip(buffer, World(cases.Case(num_ranks=2, num_experts=2), rank))
+        return first, buffer.num_sms
+
+
+@backends("cpu", "cuda")
+def test_a_rank_that_does_not_say_how_many_sms_gets_as_many_as_help(ranks, backend):
+    (first, chosen), (five, same) = ranks.run(on_rank_chosen_num_sms, backend)
+    assert five == 5
+    assert first >= 1
+    assert chosen == same >= 1
+
+
 class MpiLikeCommunicator:
     """What a Buffer uses of an mpi4py communicator, on top of the default process group."""
 

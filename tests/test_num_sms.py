@@ -2,7 +2,8 @@
 
 import pytest
 
-from ep_kernels import num_sms
+from ep_kernels import env, num_sms
+from ep_kernels.errors import EPConfigError
 from ep_kernels.num_sms import measure_num_sms, num_sms_for
 
 
@@ -23,9 +24,19 @@ def test_the_rates_are_medians_of_copies_within_the_pool():
 
     chosen = measure_num_sms(copy_rate, pool_bytes=20 << 20, max_num_sms=16)
     assert chosen == 15  # 1.5 * 440 / 44
-    assert asked == [(16, 10 << 20)] * 4 + [(1, 2 << 20)] * 4
+    assert asked == [(16, 5 << 20)] * 4 + [(1, 2 << 20)] * 4
 
 
 def test_a_small_pool_gets_the_default():
     chosen = measure_num_sms(pytest.fail, pool_bytes=1024, max_num_sms=66)
     assert chosen == num_sms.DEFAULT
+
+
+def test_the_environment_may_say_it(monkeypatch):
+    monkeypatch.delenv("EP_KERNELS_NUM_SMS", raising=False)
+    assert env.num_sms() is None
+    monkeypatch.setenv("EP_KERNELS_NUM_SMS", "12")
+    assert env.num_sms() == 12
+    monkeypatch.setenv("EP_KERNELS_NUM_SMS", "many")
+    with pytest.raises(EPConfigError, match="EP_KERNELS_NUM_SMS='many'"):
+        env.num_sms()
