@@ -29,7 +29,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def make_layer(options: argparse.Namespace, dispatcher: str, num_chunks: int | str) -> Any:
-    """A MoE layer with the same weights whatever the dispatcher."""
+    """A MoE layer. Its weights depend on the seed, and without --te on nothing else."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.transformer.spec_utils import build_module
@@ -105,10 +105,12 @@ def make_all_passes(
         )
         for _ in range(2)
     )
-    return {
-        variant: make_passes(make_layer(options, *_parse_variant(variant)), hidden, grad)
-        for variant in variants
-    }
+    layers = [make_layer(options, *_parse_variant(variant)) for variant in variants]
+    with torch.no_grad():  # a grouped GEMM of Transformer Engine draws its weights from elsewhere
+        for layer in layers[1:]:
+            for parameter, same in zip(layer.parameters(), layers[0].parameters(), strict=True):
+                parameter.copy_(same)
+    return {variant: make_passes(layer, hidden, grad) for variant, layer in zip(variants, layers)}
 
 
 def time_pass(op: Callable[[], Any], device: torch.device) -> float:

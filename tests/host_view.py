@@ -18,7 +18,11 @@ def on_host(value):
 def move(value, device):
     """Tensors, also in sequences; what lies inside handles is the buffer's."""
     if isinstance(value, torch.Tensor) and not value.is_meta:  # those are wrong on purpose
-        return value.to(device)
+        if value.is_contiguous():
+            return value.to(device)
+        # to() would make it so
+        there = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        return there.copy_(value)
     if isinstance(value, (tuple, list)):
         return type(value)(move(one, device) for one in value)
     return value

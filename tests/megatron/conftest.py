@@ -40,12 +40,12 @@ def device():
 
 
 @pytest.fixture(scope="session")
-def pools(rank_server, rank_pool):
+def pools(rank_server, session_pool):
     """Ranks by the device on which they work. Where there is a GPU, others of the common pool may
     have used it.
     """
     if not torch.cuda.is_available():
-        yield {"cpu": rank_pool}
+        yield {"cpu": session_pool}
         return
     with contextlib.ExitStack() as stack:
         yield {kind: stack.enter_context(RankPool(rank_server)) for kind in ("cpu", "cuda")}

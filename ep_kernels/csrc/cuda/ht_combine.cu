@@ -116,23 +116,52 @@ __device__ __forceinline__ void add_rows(typename Element::Acc (&sum)[Element::k
     if (row < count) Element::add(sum, parts[row]);
 }
 
+/// Adds the biases to the sum of vector `i` of a token and writes it.
 template <typename Element>
+__device__ __forceinline__ void finish_sum(const HtCombineArgs& args, int64_t token, int i,
+                                           typename Element::Acc (&sum)[Element::kPerVector]) {
+  const int64_t begin = token * args.sizes.row_bytes;
+#pragma unroll
+  for (int bias = 0; bias < 2; ++bias)
+    if (args.bias[bias])
+      Element::add(sum, load_once(reinterpret_cast<const uint4*>(args.bias[bias] + begin) + i));
+  store_once(reinterpret_cast<uint4*>(args.out + begin) + i, Element::store(sum));
+}
+
+/// Loads under way at once are kVectors vectors of kRowsAtOnce / kVectors rows: the fewer rows a
+/// token can have, the more vectors of each, since bytes under way hide the latency of a link. A
+/// token has more rows only if kVectors is 1.
+template <typename Element, int kVectors>
 __device__ void reduce_item(const HtCombineArgs& args, const Item& item, const uint4* const* list,
                             int count) {
-  using Acc = typename Element::Acc;
-  const auto row_of = [&](const uint8_t* base) {
-    return reinterpret_cast<const uint4*>(base + item.token * args.sizes.row_bytes);
-  };
-  auto* out = reinterpret_cast<uint4*>(args.out + item.token * args.sizes.row_bytes);
+  constexpr int kRows = kRowsAtOnce / kVectors;
+#pragma unroll 1
   for (int i = item.first + static_cast<int>(threadIdx.x) % kWarpSize; i < item.end;
-       i += kWarpSize) {
-    Acc sum[Element::kPerVector] = {};
-    for (int first = 0; first < count; first += kRowsAtOnce)
-      add_rows<Element>(sum, list + first, count - first, i);
+       i += kVectors * kWarpSize) {
+    typename Element::Acc sum[Element::kPerVector] = {};
+    if constexpr (kVectors == 1) {
+      for (int first = 0; first < count; first += kRows)
+        add_rows<Element>(sum, list + first, count - first, i);
+      finish_sum<Element>(args, item.token, i, sum);
+    } else {
+      uint4 parts[kVectors][kRows];
 #pragma unroll
-    for (int bias = 0; bias < 2; ++bias)
-      if (args.bias[bias]) Element::add(sum, load_once(row_of(args.bias[bias]) + i));
-    store_once(out + i, Element::store(sum));
+      for (int v = 0; v < kVectors; ++v)
+#pragma unroll
+        for (int row = 0; row < kRows; ++row)
+          if (row < count && i + v * kWarpSize < item.end)
+            parts[v][row] = load_once(list[row] + i + v * kWarpSize);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        if (i + v * kWarpSize >= item.end) return;
+#pragma unroll
+        for (auto& value : sum) value = 0;
+#pragma unroll
+        for (int row = 0; row < kRows; ++row)
+          if (row < count) Element::add(sum, parts[v][row]);
+        finish_sum<Element>(args, item.token, i + v * kWarpSize, sum);
+      }
+    }
   }
 }
 
@@ -155,7 +184,7 @@ __device__ void collect_weights(const HtCombineArgs& args, const Sources& from, 
   }
 }
 
-template <typename Element>
+template <typename Element, int kVectors>
 __device__ void reduce_tokens(const DeviceGroup& group, const HtCombineArgs& args) {
   extern __shared__ const uint4* shared_lists[];
   __shared__ Sources from;
@@ -177,36 +206,48 @@ __device__ void reduce_tokens(const DeviceGroup& group, const HtCombineArgs& arg
       asked = queue.ask();
       next = load_choice(args, after / items_per_row, lane);
     }
-    reduce_item<Element>(args, item, list, count);
+    reduce_item<Element, kVectors>(args, item, list, count);
     if (args.out_topk_weights && item.first == 0) collect_weights(args, from, item.token);
     __syncwarp();
   }
 }
 
-template <typename Element>
+template <typename Element, int kVectors>
 __global__ void __launch_bounds__(kNumThreads, 1)
     reduce_kernel(const __grid_constant__ DeviceGroup group,
                   const __grid_constant__ HtCombineArgs args, CallRecord* record) {
   wait_for_kernel_before();
   if (is_running(group)) {
     if (blockIdx.x == 0 && threadIdx.x == 0) stamp(record, kStampMoving);
-    reduce_tokens<Element>(group, args);
+    reduce_tokens<Element, kVectors>(group, args);
   }
   finish_if_last(group, record);
 }
 
-template <typename Element>
+template <typename Element, int kVectors>
 void launch(const DeviceGroup& group, const HtCombineArgs& args, CallRecord* record,
             cudaStream_t stream) {
   constexpr int kMaxShared = 160 << 10;
+  const auto kernel = reduce_kernel<Element, kVectors>;
   const int list_bytes = static_cast<int>(sizeof(uint4*)) * std::max(1, args.sizes.num_topk);
   const int num_warps = std::clamp(kMaxShared / list_bytes, 1, kNumWarps);
   const int shared_bytes = num_warps * list_bytes;
-  EP_CHECK_CUDA(cudaFuncSetAttribute(reduce_kernel<Element>,
-                                     cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  EP_CHECK_CUDA(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   const int num_blocks = args.sizes.num_tokens > 0 ? args.sizes.num_threads : 1;
-  const LaunchShape shape{num_blocks, num_warps * kWarpSize, shared_bytes};
-  launch_early(reduce_kernel<Element>, shape, stream, group, args, record);
+  launch_early(kernel, {num_blocks, num_warps * kWarpSize, shared_bytes}, stream, group, args,
+               record);
+}
+
+/// Takes the variant for the most rows that a token can have.
+template <typename Element>
+void launch(const DeviceGroup& group, const HtCombineArgs& args, CallRecord* record,
+            cudaStream_t stream) {
+  const bool by_expert = static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor;
+  const int max_rows = std::min(args.sizes.num_topk, by_expert ? INT32_MAX : group.num_ranks);
+  if (max_rows <= kRowsAtOnce / 4) return launch<Element, 4>(group, args, record, stream);
+  if (max_rows <= kRowsAtOnce / 2) return launch<Element, 2>(group, args, record, stream);
+  return launch<Element, 1>(group, args, record, stream);
 }
 
 }  // namespace
