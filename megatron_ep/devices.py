@@ -8,8 +8,11 @@ several on one GPU           gloo, which carries CUDA tensors too: NCCL refuses 
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,6 +70,35 @@ def start_process_group(
         if device.type == "cuda" and _has_device_of_its_own(store, rank, world_size, device):
             backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    if device.type == "cuda" and backend == "gloo":
+        reduce_gradients_one_by_one()
+
+
+class _Nothing:
+    """What is left to wait for after collectives that were waited for one by one."""
+
+    def wait(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _one_by_one(
+    group: Any = None, device: Any = None, async_ops: bool = False
+) -> Iterator[_Nothing]:
+    """In place of torch's context that makes one collective of several."""
+    if async_ops:
+        raise ValueError(
+            "overlap_grad_reduce or overlap_param_gather is set: ranks that share a GPU exchange "
+            "gradients and parameters over gloo, one after the other"
+        )
+    yield _Nothing()
+
+
+def reduce_gradients_one_by_one() -> None:
+    """gloo has no coalesced all-reduce of CUDA tensors, in which Megatron-Core reduces gradients."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    param_and_grad_buffer._coalescing_manager = _one_by_one
 
 
 def _has_device_of_its_own(

@@ -36,3 +36,19 @@ def test_a_device_that_is_not_there_is_refused():
         pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match="'cuda', but torch finds no CUDA device"):
         devices.choose_device("cuda")
+
+
+def test_gradients_are_reduced_one_by_one_and_not_meanwhile():
+    with devices._one_by_one(None, async_ops=False) as handle:
+        pass
+    handle.wait()
+    with pytest.raises(ValueError, match="overlap_grad_reduce"):
+        devices._one_by_one(None, async_ops=True).__enter__()
+
+
+def test_megatron_reduces_as_it_is_told(monkeypatch):
+    from megatron.core.distributed import param_and_grad_buffer
+
+    monkeypatch.setattr(param_and_grad_buffer, "_coalescing_manager", None)
+    devices.reduce_gradients_one_by_one()
+    assert param_and_grad_buffer._coalescing_manager is devices._one_by_one
