@@ -95,7 +95,7 @@ def _one_by_one(
 
 
 def reduce_gradients_one_by_one() -> None:
-    """gloo has no coalesced all-reduce of CUDA tensors, in which Megatron-Core reduces gradients."""
+    """gloo cannot coalesce all-reduces of CUDA tensors, which Megatron-Core would have it do."""
     from megatron.core.distributed import param_and_grad_buffer
 
     param_and_grad_buffer._coalescing_manager = _one_by_one
