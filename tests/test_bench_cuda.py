@@ -233,6 +233,8 @@ def test_every_operation_is_timed_and_checked(ranks, tmp_path, num_gpus):
     lines = [json.loads(line) for line in Path(job.json_path).read_text().splitlines()][1:]
     ours = [line for line in lines if line["by"] == "ep_kernels"]
     assert len(ours) == 2 * 2 * 5  # num_sms, layouts, operations
+    assert {line["routing"] for line in ours} == {"cached", "fresh", "fresh, capacity"}
+    assert {line["token_routing"] for line in ours} == {job.workload.routing}
     assert {line["floor_limit"] for line in ours} <= {"memory", "link"}
     assert all((line["link_floor_us"] > 0) == (num_gpus > 1) for line in ours)
     assert {line["by"] for line in lines} == {

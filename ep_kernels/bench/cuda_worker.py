@@ -204,6 +204,7 @@ def _measure_nccl(
 def _common(job: CudaJob) -> dict[str, Any]:
     workload = job.workload.as_dict()
     del workload["low_latency"], workload["zero_copy"], workload["num_threads"]
+    workload["token_routing"] = workload.pop("routing")  # "routing" tells calls apart
     return {
         "num_gpus": job.num_gpus,
         "num_iterations": job.num_iterations,
