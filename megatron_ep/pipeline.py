@@ -63,7 +63,7 @@ class CallStream:
 @functools.cache
 def _stream_of(device: torch.device) -> torch.cuda.Stream:
     """One for all layers: their transfers run one after the other in any case."""
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device, priority=-1)  # few blocks that peers wait for go first
 
 
 def run_pipeline(
