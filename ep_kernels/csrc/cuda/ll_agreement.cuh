@@ -1,6 +1,6 @@
 #pragma once
 
-#include "cuda/ll_protocol.cuh"
+#include "cuda/ll_posts.cuh"
 
 // How the blocks of a dispatch, on all ranks, come to place rows under the same view.
 //

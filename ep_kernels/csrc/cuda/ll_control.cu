@@ -5,7 +5,7 @@
 
 #include "cuda/check_cuda.h"
 #include "cuda/ll_kernels.h"
-#include "cuda/ll_protocol.cuh"
+#include "cuda/ll_posts.cuh"
 
 namespace ep::cuda {
 namespace {

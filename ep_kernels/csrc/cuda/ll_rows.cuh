@@ -129,6 +129,11 @@ __device__ __forceinline__ size_t ll_scale_offset(const LlHalfLayout& half, cons
   return half.scales + static_cast<size_t>(local * scale_bytes * half.rows_per_expert + 4 * row);
 }
 
+/// Whether the rows of a combine travel as e4m3.
+__device__ __forceinline__ bool ll_is_compressed(const LlCombineCall& call) {
+  return static_cast<LlWire>(call.args.wire) == LlWire::kFP8;
+}
+
 /// Bytes from a compressed row of combine to its scales: they follow it.
 EP_HOST_DEVICE int64_t ll_wire_scales(int64_t hidden) { return align_up(hidden, int64_t{64}); }
 

@@ -1,0 +1,194 @@
+#pragma once
+
+#include "cuda/ll_protocol.cuh"
+
+// Posts of low-latency calls: writing them, waiting for those of the peers, comparing them.
+
+namespace ep::cuda {
+
+/// What a block has read of the posts of a call, in shared memory.
+struct LlBoard {
+  LlWords posts[kMaxRanks];
+  AtomicWord came, masked;
+  int finding;
+};
+
+/// All threads: fills the words of a post; fields are to be set after a barrier.
+__device__ inline void ll_begin_words(const LlGroup& g, LlWords& words, LlOp op,
+                                      const LlSizes& sizes, int held, LlRanks masked) {
+  if (threadIdx.x != 0) return;
+  for (uint64_t& word : words.word) word = 0;
+  words.word[kLlFieldOp] = static_cast<uint64_t>(op);
+  words.word[kLlFieldMaxTokens] = sizes.num_max_tokens_per_rank;
+  words.word[kLlFieldHidden] = sizes.hidden;
+  words.word[kLlFieldFormat] = sizes.format;
+  for (int half = 0; half < 2; ++half)
+    if (held >> half & 1) words.word[kLlWordHeld + half] = g.state->halves[half].number;
+  words.word[kLlWordMasked] = masked;
+}
+
+/// One thread: turns the post into a refusal that says what is wrong in its fields.
+__device__ inline void ll_refuse_in(LlWords& words, LlStatus kind, const int64_t (&detail)[4]) {
+  words.word[kLlFieldOp] = static_cast<uint64_t>(LlOp::kRefused);
+  words.word[1] = static_cast<uint64_t>(kind);
+  for (int i = 0; i < 4; ++i) words.word[2 + i] = static_cast<uint64_t>(detail[i]);
+}
+
+/// All threads: writes the post, `counts` and `text` if given, to the ranks of `to`; then the
+/// flags.
+__device__ inline void ll_send_post(const LlGroup& g, uint64_t number, int attempt,
+                                    const LlWords& words, const int32_t* counts, const char* text,
+                                    LlRanks to) {
+  const int rank = g.group.rank, num_ranks = g.group.num_ranks, num_experts = g.group.num_experts;
+  for (int i = threadIdx.x; i < num_ranks * kNumLlWords; i += blockDim.x) {
+    const int peer = i / kNumLlWords, word = i % kNumLlWords;
+    if (ll_has(to, peer))
+      reinterpret_cast<uint64_t*>(&ll_post(g, number, peer, rank))[word] = words.word[word];
+  }
+  for (int i = threadIdx.x; counts && i < num_ranks * num_experts; i += blockDim.x) {
+    const int peer = i / num_experts, expert = i % num_experts;
+    if (ll_has(to, peer)) ll_counts(g, number, peer, rank)[expert] = counts[expert];
+  }
+  for (int i = threadIdx.x; text && i < num_ranks * kMaxText; i += blockDim.x)
+    if (ll_has(to, i / kMaxText))
+      ll_post(g, number, i / kMaxText, rank).text[i % kMaxText] = text[i % kMaxText];
+  __syncthreads();
+  for (int peer = threadIdx.x; peer < num_ranks; peer += blockDim.x)
+    if (ll_has(to, peer)) store_flag(ll_flag(g, number, peer, rank), ll_post_flag(number, attempt));
+}
+
+/// All threads: reads the posts of `from`, which have come.
+__device__ inline void ll_read_posts(const LlGroup& g, LlBoard& board, uint64_t number,
+                                     LlRanks from) {
+  __syncthreads();
+  for (int i = threadIdx.x; i < g.group.num_ranks * kNumLlWords; i += blockDim.x) {
+    const int src = i / kNumLlWords, word = i % kNumLlWords;
+    if (ll_has(from, src))
+      board.posts[src].word[word] = __ldcg(
+          reinterpret_cast<const AtomicWord*>(&ll_post(g, number, g.group.rank, src)) + word);
+  }
+  __syncthreads();
+}
+
+/// All threads: waits for the posts of `from` and reads them. Returns who came. The losses of the
+/// others are told to lost(peer, loss, seen) by one thread each.
+template <typename Lost>
+__device__ LlRanks ll_wait_posts(const LlGroup& g, LlBoard& board, uint64_t number, LlRanks from,
+                                 int64_t* waited_us, Lost&& lost) {
+  if (threadIdx.x == 0) board.came = 0;
+  __syncthreads();
+  const uint64_t start = now_ns();
+  for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x) {
+    if (!ll_has(from, peer)) continue;
+    uint64_t seen = 0;
+    LlLoss loss;
+    const bool has_come = ll_wait(g, peer, start + g.group.timeout_ns, &loss, [&] {
+      seen = load_flag(ll_flag(g, number, g.group.rank, peer));
+      return seen >= ll_post_flag(number, 0);
+    });
+    if (has_come)
+      atomicOr(&board.came, ll_bit(peer));
+    else
+      lost(peer, loss, seen);
+    if (waited_us) waited_us[peer] += static_cast<int64_t>((now_ns() - start) / 1000);
+  }
+  __syncthreads();
+  const LlRanks came = board.came;
+  ll_read_posts(g, board, number, came);
+  return came;
+}
+
+// Comparison.
+
+/// All threads: the lowest finding among the posts of `members`, or INT32_MAX: refusals by rank,
+/// then disagreements by rank and field, then results that a rank has let go of and another has
+/// not.
+__device__ inline int ll_find(const LlGroup& g, LlBoard& board, LlRanks members) {
+  constexpr int kNothing = INT32_MAX;
+  if (threadIdx.x == 0) board.finding = kNothing;
+  __syncthreads();
+  const int num_ranks = g.group.num_ranks, first = __ffsll(static_cast<int64_t>(members)) - 1;
+  const int num_fields = num_ranks * kNumLlFields;
+  for (int i = threadIdx.x; i < num_fields; i += blockDim.x) {
+    const int src = i / kNumLlFields, field = i % kNumLlFields;
+    if (!ll_has(members, src)) continue;
+    const uint64_t value = board.posts[src].word[field];
+    if (field == kLlFieldOp && value == static_cast<uint64_t>(LlOp::kRefused))
+      atomicMin(&board.finding, src);
+    if (value != board.posts[first].word[field]) atomicMin(&board.finding, num_ranks + i);
+  }
+  for (int i = threadIdx.x; i < num_ranks * num_ranks; i += blockDim.x) {
+    const int owner = i / num_ranks, reader = i % num_ranks;
+    if (!ll_has(members, owner) || !ll_has(members, reader)) continue;
+    const uint64_t reused = board.posts[owner].word[kLlWordReused];
+    const uint64_t* held = &board.posts[reader].word[kLlWordHeld];
+    if (reused != 0 && (held[0] == reused || held[1] == reused))
+      atomicMin(&board.finding, num_ranks + num_fields + i);
+  }
+  __syncthreads();
+  const int finding = board.finding;
+  __syncthreads();
+  return finding;
+}
+
+/// One thread: writes a finding into the record.
+__device__ inline LlStatus ll_report(const LlGroup& g, const LlBoard& board, LlRanks members,
+                                     uint64_t number, int finding, LlRecord* record) {
+  const int num_ranks = g.group.num_ranks, num_fields = num_ranks * kNumLlFields;
+  if (finding < num_ranks) {
+    const LlWords& words = board.posts[finding];
+    record->rank = finding;
+    for (int i = 0; i < 4; ++i) record->detail[i] = static_cast<int64_t>(words.word[2 + i]);
+    if (words.word[1] != 0) return static_cast<LlStatus>(words.word[1]);
+    for (int i = 0; i < kMaxText; ++i)
+      record->text[i] = ll_post(g, number, g.group.rank, finding).text[i];
+    return LlStatus::kRefused;
+  }
+  if (finding < num_ranks + num_fields) {
+    const int i = finding - num_ranks, src = i / kNumLlFields, field = i % kNumLlFields;
+    const int first = __ffsll(static_cast<int64_t>(members)) - 1;
+    record->rank = src;
+    record->detail[0] = field;
+    record->detail[1] = first;
+    record->detail[2] = static_cast<int64_t>(board.posts[first].word[field]);
+    record->detail[3] = static_cast<int64_t>(board.posts[src].word[field]);
+    return LlStatus::kDisagree;
+  }
+  const int i = finding - num_ranks - num_fields;
+  record->rank = i % num_ranks;
+  record->detail[0] = i / num_ranks;
+  record->detail[1] = static_cast<int64_t>(board.posts[i / num_ranks].word[kLlWordReused] - 1);
+  return LlStatus::kReader;
+}
+
+// Posts of an earlier combine.
+
+/// All threads of one block: keeps the posts of a combine that was sent and not received, so that
+/// their slot can be used again.
+__device__ inline void ll_collect(const LlGroup& g, LlBoard& board, int half) {
+  LlHalfState& state = g.state->halves[half];
+  if (state.combine == 0 || state.is_collected) return;
+  const uint64_t number = state.combine - 1;
+  const LlRanks from = ll_peers(g, read_word(&g.state->masked));
+  const LlRanks came =
+      ll_wait_posts(g, board, number, from, nullptr, [&](int peer, LlLoss loss, uint64_t seen) {
+        ll_lose(g, ll_timeout(g, Phase::kPost, peer, ll_post_flag(number, 0), seen), loss);
+      });
+  for (int i = threadIdx.x; i < g.group.num_ranks * kNumLlWords; i += blockDim.x)
+    state.posts[i / kNumLlWords].word[i % kNumLlWords] =
+        board.posts[i / kNumLlWords].word[i % kNumLlWords];
+  if (threadIdx.x == 0) {
+    state.arrived = came;
+    state.is_collected = 1;
+  }
+  __syncthreads();
+}
+
+/// All threads of the block that is about to post call `number`.
+__device__ inline void ll_collect_old(const LlGroup& g, LlBoard& board, uint64_t number) {
+  for (int half = 0; half < 2; ++half)
+    if (g.state->halves[half].combine != 0 && g.state->halves[half].combine + 1 <= number)
+      ll_collect(g, board, half);
+}
+
+}  // namespace ep::cuda
