@@ -30,6 +30,9 @@ from ep_kernels._native import (
 CUDA_LIBRARY = LIB_DIR / "libep_cuda.so"
 HANDLE_BYTES = 64
 
+FIRST_CAPTURED = 1 << 40
+"""Numbers of calls in graphs begin here, as in `csrc/cuda/buffer.h`."""
+
 STAMPS = ("begin", "agreed", "sized", "offered", "moving", "moved", "done")
 """Moments of a call, as in `csrc/cuda/group.h`."""
 

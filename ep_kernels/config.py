@@ -108,7 +108,7 @@ class Settings:
                 _positive("pool_bytes", pool_bytes, lambda: env.default_pool_bytes(name))
             ),
             timeout_s=_positive("timeout_s", timeout_s, env.default_timeout_s),
-            num_sms=None if num_sms is None else int(_positive("num_sms", num_sms)),
+            num_sms=_num_sms(num_sms, name),
             num_local_ranks=_check_num_local_ranks(num_local_ranks, num_ranks),
             staging_bytes=int(
                 _positive("staging_bytes", staging_bytes, lambda: DEFAULT_STAGING_BYTES)
@@ -121,6 +121,12 @@ class Settings:
     def total_pool_bytes(self) -> int:
         """The low-latency region, which is the first range of the pool, and the rest of it."""
         return self.pool_bytes + -(-self.low_latency_bytes // 4096) * 4096
+
+
+def _num_sms(value: int | None, device: str) -> int | None:
+    if value is None:
+        return None if device == "cpu" else env.num_sms()
+    return int(_positive("num_sms", value))
 
 
 def _check_low_latency_bytes(value: int) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ep_kernels import _native, _native_cuda, env
+from ep_kernels import _native, _native_cuda
 from ep_kernels._native import CombineArgs, DispatchArgs
 from ep_kernels._native_cuda import CallOrder
 from ep_kernels.backend import CallOptions, FreshDispatch
@@ -66,6 +66,11 @@ class CudaOperation:
 
     def __init__(self, backend: CudaBackend, number: int) -> None:
         self.backend, self.number = backend, number
+
+    @property
+    def is_captured(self) -> bool:
+        """Part of a graph: it runs when that does, and counts as finished."""
+        return self.number >= _native_cuda.FIRST_CAPTURED
 
     def is_finished(self) -> bool:
         return self.backend.is_finished(self.number)
@@ -248,7 +253,6 @@ class CudaBackend:
 
     def choose_num_sms(self, bootstrap: Bootstrap, wanted: int | None) -> int:
         """SMs of this rank's transfers: those wanted, or the same on all ranks, as measured."""
-        wanted = wanted or env.num_sms()
         properties = torch.cuda.get_device_properties(self.device)
         own_id = str(properties.uuid)
         ranks = bootstrap.all_gather((own_id, wanted))
@@ -284,15 +288,20 @@ class CudaBackend:
     def poll(self) -> None:
         """Lets go of finished calls. One that failed makes this call fail, on every rank.
 
-        Errors that a kernel finds surface at event.wait(), or here.
+        Errors that a kernel finds surface at event.wait(), or here; those of graphs only here.
         """
         while self._pending and self.is_finished(self._pending[0][0]):
             number, _ = self._pending.pop(0)
-            try:
-                _native.call(self._library.ep_cuda_check, self._buffer, number)
-            except (EPConfigError, EPDeviceError) as error:
-                self.refuse(f"an earlier call failed: {error}")
-                raise
+            self._check(number)
+        if self._captured:
+            self._check(_native_cuda.FIRST_CAPTURED)
+
+    def _check(self, number: int) -> None:
+        try:
+            _native.call(self._library.ep_cuda_check, self._buffer, number)
+        except (EPConfigError, EPDeviceError) as error:
+            self.refuse(f"an earlier call failed: {error}")
+            raise
 
     def count_rows(self, topk_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Counts as of the CPU backend, on the caller's stream. Bad indices count as none: to
@@ -434,16 +443,18 @@ class CudaBackend:
         previous = options.previous_event
         if previous is None:
             return order
-        operation = previous.operation
+        operation, is_capturing = previous.operation, torch.cuda.is_current_stream_capturing()
         if not isinstance(operation, CudaOperation):
             previous.wait()
-        elif not operation.is_finished():
+            order.follows_caller = int(is_capturing)
+        elif operation.is_captured != is_capturing:
+            pass  # a replay ends when its stream's work does; a capture begins with its own calls
+        elif operation.is_captured or not operation.is_finished():
             order.previous = operation.backend.end_event(operation.number)
             order.follows_caller = 0
-            return order
-        # NOTE: an error of the finished call is not for here: this rank alone would not make the
-        # call. A capture reaches the call's stream through the caller's only.
-        order.follows_caller = int(torch.cuda.is_current_stream_capturing())
+        else:
+            # Its error is not for here: this rank alone would not make the call.
+            order.follows_caller = 0
         return order
 
     def _start(self, function: Any, args: Any, options: CallOptions) -> int:

@@ -21,6 +21,9 @@ DEFAULT = 16
 
 COPY_BYTES = 32 << 20
 ONE_SM_COPY_BYTES = 2 << 20
+COPY_UNIT = 4 << 10
+"""As in `csrc/cuda/kernels.h`."""
+
 MIN_COPY_BYTES = 256 << 10
 NUM_COPIES = 3
 
@@ -36,7 +39,7 @@ def measure_num_sms(
         pool_bytes: free memory of the pool. A copy uses at most half of it.
         max_num_sms: SMs of the device over the ranks on it.
     """
-    limit = pool_bytes // 4  # source and destination
+    limit = pool_bytes // 4 // COPY_UNIT * COPY_UNIT  # source and destination
     if limit < MIN_COPY_BYTES:
         return min(DEFAULT, max_num_sms)
     of_all = _median_rate(copy_rate, max_num_sms, min(COPY_BYTES, limit))

@@ -403,6 +403,36 @@ def on_rank_graph(rank, case):
         del graph, sent, combined, want
 
 
+def on_rank_graph_and_fresh_calls(rank, case, larger):
+    """Fresh dispatches right behind replays that are still running, once for each record of the
+    host; some have more tokens than the graph, whose scratch memory must stay.
+    """
+    with make_buffer(case, timeout_s=10.0) as buffer:
+        layer = Layer(buffer, case, rank)
+        layer.set_inputs(seed=1)
+        graph, (_, combined) = capture(layer)
+        graph.replay()
+        torch.cuda.synchronize()
+        want = on_host(combined)
+        worlds = [World(one, rank) for one in (replace(case, capacity=None), larger)]
+        for i in range(70):
+            graph.replay()
+            world = worlds[i % 7 == 0]
+            rows, idx = world.xs()[rank].to(buffer.device), world.topk_idxs[rank]
+            result = buffer.dispatch(rows, idx.to(buffer.device), layout=case.layout)
+            out = buffer.combine(result.recv_x, result.handle)
+            out.event.wait()
+            assert_bitwise_equal(on_host(combined), want, name=f"replay {i}")
+        del graph, combined, result, out
+
+
+@LAYOUTS
+def test_fresh_calls_follow_replays_that_still_run(ranks, layout):
+    case = capacity_case(num_ranks=2, layout=layout)
+    larger = replace(case, capacity=None, num_tokens=tuple(40 * n for n in case.num_tokens))
+    ranks.run(on_rank_graph_and_fresh_calls, case, larger, deadline_s=120)
+
+
 @LAYOUTS
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("capacity", [(300, 300), (70, 90)], ids=["enough", "overflow"])

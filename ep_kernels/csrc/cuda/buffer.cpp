@@ -43,9 +43,8 @@ PostArgs Buffer::make_post(Op op, const HtSizes& sizes) const {
 }
 
 void Buffer::launch_routing(int64_t call, const HtDispatchArgs& args, const PostArgs& post) {
-  int32_t* memory = scratch(args.sizes.num_tokens);
-  launch_notify(group_, args, post, memory, record_of(call), last_.stream);
-  launch_plan(group_, args, memory, last_.stream);
+  launch_notify(group_, args, post, scratch_, record_of(call), stream_of_call_);
+  launch_plan(group_, args, scratch_, stream_of_call_);
 }
 
 int64_t Buffer::dispatch_fresh(HtDispatchArgs args, const RowBytes& row_bytes,
@@ -53,6 +52,7 @@ int64_t Buffer::dispatch_fresh(HtDispatchArgs args, const RowBytes& row_bytes,
   check_usable();
   validate(args);
   DeviceGuard guard(config_.device);
+  take_scratch(args.sizes.num_tokens, order);
   const int64_t call = begin_call(order);
   launch_routing(call, args, make_post(Op::kDispatch, args.sizes));
   if (!wait_for_sizes(call)) {
@@ -66,14 +66,15 @@ int64_t Buffer::dispatch_fresh(HtDispatchArgs args, const RowBytes& row_bytes,
   } catch (const DeviceError& error) {  // every rank has to learn of it
     problem = error.what();
   }
+  follow_freed(order.follows_caller ? order.caller : nullptr);  // may have been freed meanwhile
   args.recv_x = received->x.offset;
   args.recv_scales = received->scales.offset;
   args.recv_topk_idx = received->topk_idx.offset;
   args.recv_topk_weights = received->topk_weights.offset;
   Offer offer = recv_offer(args);
   offer.failed = !problem.empty();
-  launch_offer(group_, offer, record_of(call), last_.stream);
-  launch_send(group_, args, record_of(call), last_.stream);
+  launch_offer(group_, offer, record_of(call), stream_of_call_);
+  launch_send(group_, args, record_of(call), stream_of_call_);
   end_call(call, order);
   if (problem.empty()) return call;
   EP_CHECK_CUDA(cudaEventSynchronize(end_event(call)));
@@ -91,7 +92,7 @@ bool Buffer::wait_for_sizes(int64_t call) const {
     const auto now = Clock::now();
     if (now - start < kSpin) continue;
     std::this_thread::sleep_for(std::chrono::microseconds(20));
-    const cudaError_t state = cudaStreamQuery(last_.stream);
+    const cudaError_t state = cudaStreamQuery(stream_of_call_);
     if (state == cudaErrorNotReady && now < deadline) continue;
     if (state != cudaSuccess && state != cudaErrorNotReady) EP_CHECK_CUDA(state);
     break;
@@ -103,16 +104,17 @@ int64_t Buffer::dispatch(const HtDispatchArgs& args, const CallOrder& order) {
   check_usable();
   validate(args);
   DeviceGuard guard(config_.device);
-  const int64_t call = begin_call(order);
   const bool is_fresh = args.sizes.handle_seq < 0;
+  if (is_fresh) take_scratch(args.sizes.num_tokens, order);
+  const int64_t call = begin_call(order);
   PostArgs post = make_post(is_fresh ? Op::kDispatch : Op::kCachedDispatch, args.sizes);
   post.offer = recv_offer(args);
   if (is_fresh) {
     launch_routing(call, args, post);
   } else {
-    launch_post(group_, post, record_of(call), last_.stream);
+    launch_post(group_, post, record_of(call), stream_of_call_);
   }
-  launch_send(group_, args, record_of(call), last_.stream);
+  launch_send(group_, args, record_of(call), stream_of_call_);
   end_call(call, order);
   return call;
 }
@@ -128,7 +130,7 @@ int64_t Buffer::combine(const HtCombineArgs& args, const CallOrder& order) {
     if (args.num_rows > 0)
       EP_CHECK_CUDA(cudaMemcpyAsync(pool_base() + offset, from,
                                     static_cast<size_t>(args.num_rows * row_bytes),
-                                    cudaMemcpyDeviceToDevice, last_.stream));
+                                    cudaMemcpyDeviceToDevice, stream_of_call_));
   };
   if (args.stage_x) stage(args.pool_x, args.x, args.sizes.row_bytes);
   if (args.stage_topk_weights)
@@ -136,8 +138,8 @@ int64_t Buffer::combine(const HtCombineArgs& args, const CallOrder& order) {
   PostArgs post = make_post(Op::kCombine, args.sizes);
   post.offer.x = args.pool_x;
   post.offer.topk_weights = args.pool_topk_weights;
-  launch_post(group_, post, record_of(call), last_.stream);
-  launch_reduce(group_, args, record_of(call), last_.stream);
+  launch_post(group_, post, record_of(call), stream_of_call_);
+  launch_reduce(group_, args, record_of(call), stream_of_call_);
   end_call(call, order);
   return call;
 }
@@ -146,7 +148,7 @@ int64_t Buffer::barrier(const CallOrder& order) {
   check_usable();
   DeviceGuard guard(config_.device);
   const int64_t call = begin_call(order);
-  launch_post(group_, make_post(Op::kBarrier, HtSizes{}), record_of(call), last_.stream);
+  launch_post(group_, make_post(Op::kBarrier, HtSizes{}), record_of(call), stream_of_call_);
   finish_call(call, order);
   return call;
 }
@@ -159,21 +161,23 @@ int64_t Buffer::refuse(const std::string& reason, const CallOrder& order) {
   post.fields[kFieldOp] = static_cast<int64_t>(Op::kRefused);
   post.has_text = 1;
   std::memcpy(post.text, reason.data(), std::min(reason.size(), size_t{kMaxText - 1}));
-  launch_post(group_, post, record_of(call), last_.stream);
+  launch_post(group_, post, record_of(call), stream_of_call_);
   finish_call(call, order);
   return call;
 }
 
 double Buffer::copy_rate(int num_blocks, int64_t num_bytes, int64_t offset,
                          const CallOrder& order) {
+  EP_CHECK(num_bytes > 0 && num_bytes % kCopyUnit == 0, "num_bytes=", num_bytes,
+           " is no positive multiple of ", kCopyUnit);
   barrier(order);
   DeviceGuard guard(config_.device);
   const int next = (config_.rank + 1) % config_.num_ranks;
   const CudaEvent begin, end;
-  EP_CHECK_CUDA(cudaEventRecord(begin.get(), last_.stream));
+  EP_CHECK_CUDA(cudaEventRecord(begin.get(), stream_of_call_));
   launch_copy(group_.pool(next) + offset + num_bytes, group_.pool(config_.rank) + offset, num_bytes,
-              num_blocks, last_.stream);
-  EP_CHECK_CUDA(cudaEventRecord(end.get(), last_.stream));
+              num_blocks, stream_of_call_);
+  EP_CHECK_CUDA(cudaEventRecord(end.get(), stream_of_call_));
   wait(barrier(order));
   float milliseconds = 0;
   EP_CHECK_CUDA(cudaEventElapsedTime(&milliseconds, begin.get(), end.get()));

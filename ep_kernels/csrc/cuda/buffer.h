@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -69,6 +70,9 @@ struct Received {
   void allocate(const std::shared_ptr<Pool>& pool, const RowBytes& row_bytes, int64_t num_rows);
 };
 
+/// The capture that a stream takes part in, or 0.
+unsigned long long capture_of(cudaStream_t stream);
+
 /// How a call is ordered with the work of its caller.
 struct CallOrder {
   cudaStream_t caller;
@@ -93,6 +97,9 @@ class Buffer {
   };
 
   static constexpr int kNumRecords = 64;
+  /// Numbers of captured calls begin here. Such a call runs when its graph does: it counts as
+  /// finished, and check() of any of them throws an error that a replay has met, once.
+  static constexpr int64_t kFirstCaptured = int64_t{1} << 40;
 
   explicit Buffer(const Config& config);
   ~Buffer();
@@ -144,7 +151,10 @@ class Buffer {
   /// Makes a stream wait for a call.
   void make_stream_wait(int64_t call, cudaStream_t stream);
   /// The end of a call, for other streams and buffers to wait for.
-  cudaEvent_t end_event(int64_t call) const { return end_events_[call % kNumRecords]; }
+  cudaEvent_t end_event(int64_t call) const {
+    return is_captured(call) ? captured_end_events_[(call - kFirstCaptured) % kNumRecords]
+                             : end_events_[call % kNumRecords];
+  }
 
   /// Notes that memory of the pool was freed while `stream` was current: it is not written again
   /// before the work that the stream has now is done.
@@ -161,21 +171,26 @@ class Buffer {
     bool is_pending;  // noted since a call last waited for it
   };
 
-  /// Where the latest call runs.
-  struct Last {
-    cudaStream_t stream;
-    bool is_captured;
-  };
-
   void wait_for_record(const CallRecord& record) const;
   bool wait_for_sizes(int64_t call) const;
+  /// Chooses the stream of the call and makes it wait for what the call has to come after.
   int64_t begin_call(const CallOrder& order);
+  int64_t begin_eager_call(const CallOrder& order);
+  int64_t begin_captured_call(const CallOrder& order, unsigned long long capture);
+  void follow(const CallOrder& order);
+  void follow_freed(cudaStream_t followed);
   void finish_call(int64_t call, const CallOrder& order);
   void end_call(int64_t call, const CallOrder& order);
   void launch_routing(int64_t call, const HtDispatchArgs& args, const PostArgs& post);
-  int32_t* scratch(int64_t num_tokens);
-  bool is_too_old(int64_t call) const { return num_calls_ - call > kNumRecords; }
-  CallRecord* record_of(int64_t call) const { return records_ + call % kNumRecords; }
+  void take_scratch(int64_t num_tokens, const CallOrder& order);
+  static bool is_captured(int64_t call) { return call >= kFirstCaptured; }
+  bool is_too_old(int64_t call) const {
+    return !is_captured(call) && num_calls_ - call > kNumRecords;
+  }
+  /// Captured calls share the record behind the others.
+  CallRecord* record_of(int64_t call) const {
+    return records_ + (is_captured(call) ? kNumRecords : call % kNumRecords);
+  }
   PostArgs make_post(Op op, const HtSizes& sizes) const;
   void throw_error(const CallRecord& record);
   std::string peer_problem(int culprit) const;
@@ -185,14 +200,19 @@ class Buffer {
   std::shared_ptr<Pool> pool_;
   DeviceGroup group_{};
   CallRecord* records_ = nullptr;  // pinned, seen by the device
-  int64_t num_calls_ = 0;
-  Last last_{};
+  int64_t num_calls_ = 0, num_captured_calls_ = 0;
+  cudaStream_t stream_of_call_ = nullptr;   // that is being enqueued
+  cudaStream_t eager_stream_ = nullptr;     // of the eager call before
+  cudaStream_t captured_stream_ = nullptr;  // of the captured call before
+  unsigned long long capture_ = 0;          // and its capture
   int32_t* expert_tables_ = nullptr;
   int32_t* scratch_ = nullptr;
   int64_t scratch_elements_ = 0;
+  std::vector<int32_t*> old_scratch_;  // graphs may use it
   cudaStream_t stream_ = nullptr;
   cudaEvent_t begin_event_ = nullptr;
-  std::vector<cudaEvent_t> end_events_;
+  std::vector<cudaEvent_t> end_events_, captured_end_events_;
+  std::mutex freed_mutex_;  // tensors die in any thread
   std::map<cudaStream_t, Freed> freed_;
   std::string failure_;
   bool is_destroyed_ = false;

@@ -40,7 +40,7 @@ bool Buffer::is_finished(int64_t call) const {
 void Buffer::wait(int64_t call) {
   if (is_destroyed_ || is_too_old(call)) return;
   DeviceGuard guard(config_.device);
-  EP_CHECK_CUDA(cudaEventSynchronize(end_event(call)));
+  if (!is_captured(call)) EP_CHECK_CUDA(cudaEventSynchronize(end_event(call)));
   check(call);
 }
 
@@ -51,9 +51,13 @@ void Buffer::stamps(int64_t call, uint64_t (&out)[kNumStamps]) const {
 
 void Buffer::check(int64_t call) {
   if (is_destroyed_ || is_too_old(call)) return;
-  const CallRecord& record = *record_of(call);
+  CallRecord& record = *record_of(call);
   const auto status = static_cast<CallStatus>(__atomic_load_n(&record.status, __ATOMIC_ACQUIRE));
-  if (status != CallStatus::kOk && status != CallStatus::kRunning) throw_error(record);
+  if (status == CallStatus::kOk || status == CallStatus::kRunning) return;
+  const CallRecord found = record;
+  if (is_captured(call))
+    __atomic_store_n(&record.status, static_cast<int32_t>(CallStatus::kOk), __ATOMIC_RELEASE);
+  throw_error(found);
 }
 
 void Buffer::throw_error(const CallRecord& record) {

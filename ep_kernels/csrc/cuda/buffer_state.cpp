@@ -81,9 +81,10 @@ Buffer::Buffer(const Config& config) : config_(config) {
   allocate_device(&group_.state, sizeof(LocalState));
   EP_CHECK_CUDA(cudaMemcpy(group_.state, &state, sizeof(LocalState), cudaMemcpyHostToDevice));
   void* records = nullptr;
-  EP_CHECK_CUDA(cudaHostAlloc(&records, kNumRecords * sizeof(CallRecord), cudaHostAllocMapped));
+  EP_CHECK_CUDA(
+      cudaHostAlloc(&records, (kNumRecords + 1) * sizeof(CallRecord), cudaHostAllocMapped));
   records_ = static_cast<CallRecord*>(records);
-  for (int i = 0; i < kNumRecords; ++i) {
+  for (int i = 0; i < kNumRecords + 1; ++i) {
     records_[i] = CallRecord{};
     records_[i].status = static_cast<int32_t>(CallStatus::kOk);
   }
@@ -93,9 +94,11 @@ Buffer::Buffer(const Config& config) : config_(config) {
   // Few blocks that peers wait for go before the many of a GEMM.
   EP_CHECK_CUDA(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, highest_priority));
   EP_CHECK_CUDA(cudaEventCreateWithFlags(&begin_event_, cudaEventDisableTiming));
-  end_events_.resize(kNumRecords);
-  for (cudaEvent_t& event : end_events_)
-    EP_CHECK_CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  for (auto* events : {&end_events_, &captured_end_events_}) {
+    events->resize(kNumRecords);
+    for (cudaEvent_t& event : *events)
+      EP_CHECK_CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  }
 
   group_.rank = config.rank;
   group_.num_ranks = config.num_ranks;
@@ -148,25 +151,33 @@ void Buffer::destroy() {
     EP_CHECK_CUDA(cudaIpcCloseMemHandle(segment));
     group_.segments[peer] = nullptr;
   }
-  for (cudaEvent_t event : end_events_) EP_CHECK_CUDA(cudaEventDestroy(event));
+  for (const auto* events : {&end_events_, &captured_end_events_})
+    for (cudaEvent_t event : *events) EP_CHECK_CUDA(cudaEventDestroy(event));
   for (const auto& [stream, freed] : freed_) EP_CHECK_CUDA(cudaEventDestroy(freed.event));
   EP_CHECK_CUDA(cudaEventDestroy(begin_event_));
   EP_CHECK_CUDA(cudaStreamDestroy(stream_));
+  for (int32_t* memory : old_scratch_) EP_CHECK_CUDA(cudaFree(memory));
   EP_CHECK_CUDA(cudaFree(scratch_));
   EP_CHECK_CUDA(cudaFree(group_.state));
   EP_CHECK_CUDA(cudaFree(expert_tables_));
   EP_CHECK_CUDA(cudaFreeHost(records_));
 }
 
-int32_t* Buffer::scratch(int64_t num_tokens) {
+/// Before a dispatch with new routing. Memory that graphs may use stays. If there is none, the
+/// peers learn that this rank does not make the call.
+void Buffer::take_scratch(int64_t num_tokens, const CallOrder& order) {
   const int64_t needed = (num_chunks(num_tokens) + 1) * (config_.num_ranks + num_experts());
-  if (needed > scratch_elements_) {
-    EP_CHECK_CUDA(cudaDeviceSynchronize());
-    EP_CHECK_CUDA(cudaFree(scratch_));
-    allocate_device(&scratch_, static_cast<size_t>(needed) * sizeof(int32_t));
-    scratch_elements_ = needed;
+  if (needed <= scratch_elements_) return;
+  int32_t* memory = nullptr;
+  try {
+    allocate_device(&memory, static_cast<size_t>(needed) * sizeof(int32_t));
+  } catch (const DeviceError& error) {
+    refuse(error.what(), order);
+    throw;
   }
-  return scratch_;
+  if (scratch_) old_scratch_.push_back(scratch_);
+  scratch_ = memory;
+  scratch_elements_ = needed;
 }
 
 }  // namespace ep::cuda

@@ -11,7 +11,7 @@ namespace {
 constexpr int kWarpSize = 32;
 constexpr int kNumWarps = 16;
 constexpr int kNumStages = 2;
-constexpr int kPieceBytes = 4 << 10;
+constexpr int kPieceBytes = static_cast<int>(kCopyUnit);
 constexpr int kSharedBytes = kNumWarps * kNumStages * kPieceBytes;
 
 /// Warps take pieces in turn; a load is under way while the piece before it is stored.

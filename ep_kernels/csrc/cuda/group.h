@@ -78,6 +78,7 @@ struct DeviceGroup {
   int rank, num_ranks, num_experts, num_local_experts;
   Placement placement;  ///< in device memory
   uint64_t timeout_ns;
+  int is_captured;  ///< the call's record is shared: it keeps errors only
   LocalState* state;
   uint8_t* segments[kMaxRanks];  ///< control region, then pool, of every rank
 

@@ -416,7 +416,7 @@ __global__ void __launch_bounds__(kNumThreads)
 
 template <typename Kernel>
 void allow_shared_memory(Kernel* kernel, size_t num_bytes) {
-  constexpr size_t kDefaultLimit = 48 << 10;
+  constexpr size_t kDefaultLimit = 40 << 10;  // of 48 KiB, with room for what kernels declare
   if (num_bytes > kDefaultLimit)
     EP_CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                        static_cast<int>(num_bytes)));

@@ -46,7 +46,9 @@ void launch_send(const DeviceGroup& group, const HtDispatchArgs& args, CallRecor
 void launch_reduce(const DeviceGroup& group, const HtCombineArgs& args, CallRecord* record,
                    cudaStream_t stream);
 
-/// Copies a multiple of 4 KiB the way launch_send() does.
+constexpr int64_t kCopyUnit = 4 << 10;
+
+/// Copies a multiple of kCopyUnit the way launch_send() does.
 void launch_copy(uint8_t* dst, const uint8_t* src, int64_t num_bytes, int num_blocks,
                  cudaStream_t stream);
 

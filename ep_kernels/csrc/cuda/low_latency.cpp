@@ -27,14 +27,6 @@ void set_status(LlRecord& record, LlStatus status) {
   __atomic_store_n(&record.status, static_cast<int32_t>(status), __ATOMIC_RELEASE);
 }
 
-/// The graph capture that a stream is part of, 0 if none.
-unsigned long long capture_of(cudaStream_t stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  unsigned long long id = 0;
-  EP_CHECK_CUDA(cudaStreamGetCaptureInfo(stream, &status, &id));
-  return status == cudaStreamCaptureStatusActive ? id : 0;
-}
-
 template <typename T>
 T* allocate(size_t num_elements) {
   void* memory = nullptr;

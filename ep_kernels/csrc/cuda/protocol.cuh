@@ -141,9 +141,11 @@ __device__ inline void finish(const DeviceGroup& group, CallRecord* record) {
   __syncthreads();
   if (threadIdx.x != 0) return;
   stamp(record, kStampDone);
-  const int32_t status = state.call_status;
-  store_word(reinterpret_cast<uint32_t*>(&record->status),
-             static_cast<uint32_t>(status == 0 ? static_cast<int32_t>(CallStatus::kOk) : status));
+  const auto status = static_cast<CallStatus>(state.call_status);
+  const bool is_new = status != CallStatus::kRunning && status != CallStatus::kSkipped;
+  if (is_new || !group.is_captured)
+    store_word(reinterpret_cast<uint32_t*>(&record->status),
+               static_cast<uint32_t>(status == CallStatus::kRunning ? CallStatus::kOk : status));
   state.bad_choice[0] = INT64_MAX;
   state.call_status = state.failed ? static_cast<int32_t>(CallStatus::kSkipped) : 0;
   state.blocks_done = 0;
