@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from ep_kernels.bench import cli, cuda_baseline, cuda_cli, cuda_copies, cuda_worker, plot
 from ep_kernels.bench.cuda_floors import Rates, _count_rows, floor_of
+from ep_kernels.bench.cuda_ll_timer import Measurement, Setting
 from ep_kernels.bench.cuda_ops import Op, fp8_row_bytes
 from ep_kernels.bench.cuda_report import Report
 from ep_kernels.bench.cuda_timing import Timing
@@ -290,3 +292,21 @@ def test_it_runs_on_a_gpu(tmp_path):
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert {line["op"] for line in lines} == {"copy", "dispatch", "combine"}
     assert all(line["p50_us"] > 0 for line in lines[1:])
+
+
+def test_lines_of_low_latency_can_be_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    setting = Setting(
+        num_ranks=2, num_tokens=1, num_experts=8, num_topk=2, hidden=64, num_sms=None, flush=False,
+        repetitions=1,
+    )  # fmt: skip
+    made = [
+        Measurement(operation=operation, what=what, p50=2.0, p95=3.0, setting=one)
+        for operation, what in (("dispatch fp8", "row"), ("gemm", "ratio"))
+        for one in (setting, replace(setting, num_tokens=64))
+    ]
+    lines = [measurement.record() for measurement in made]
+    assert lines[0]["op"] == "dispatch"
+    assert (lines[0]["p50_us"], lines[2]["p50"]) == (2.0, 2.0)
+    (tmp_path / "ll.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert plot.main([str(tmp_path / "ll.jsonl"), str(tmp_path / "times.png")]) == 0

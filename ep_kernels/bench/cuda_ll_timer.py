@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -46,6 +46,13 @@ class Measurement:
             f"EP{at.num_ranks} T={at.num_tokens:<4} E={at.num_experts:<4} "
             f"{self.operation:<14} {self.what:<8} p50 {self.p50:9.2f}  p95 {self.p95:9.2f}"
         )
+
+    def record(self) -> dict[str, Any]:
+        """For a line of JSON, in the names of the other benchmarks; `by` is what was timed."""
+        op, _, rows = self.operation.partition(" ")
+        unit = "" if self.what == "ratio" else "_us"
+        times = {f"p50{unit}": self.p50, f"p95{unit}": self.p95}
+        return {"op": op, "rows": rows, "by": self.what, **times, **asdict(self.setting)}
 
 
 Graph = torch.cuda.CUDAGraph

@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -153,7 +152,7 @@ def tell(measurement: Measurement, path: str | None) -> None:
     print(measurement.text(), flush=True)
     if path:
         with Path(path).open("a") as file:
-            print(json.dumps(asdict(measurement)), file=file, flush=True)
+            print(json.dumps(measurement.record()), file=file, flush=True)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
