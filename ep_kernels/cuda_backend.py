@@ -25,6 +25,7 @@ from ep_kernels._native_cuda import CallOrder
 from ep_kernels.backend import CallOptions, FreshDispatch
 from ep_kernels.bootstrap import Bootstrap
 from ep_kernels.config import Settings
+from ep_kernels.cuda_pending import PendingCalls
 from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
 from ep_kernels.event import Event
 from ep_kernels.handle import HostCounts, RoutingMemory
@@ -99,7 +100,7 @@ class CudaBackend:
         self.max_num_sms = 1
         self._region: Reservation | None = None
         self._when_destroyed: list[Callable[[], None]] = []
-        self._pending: list[tuple[int, Any]] = []  # call, what it uses
+        self._pending = PendingCalls()
         self._captured: list[Any] = []  # memory that a graph will use again
         self._buffer: int | None = None
         table = torch.tensor(settings.expert_to_rank, device=self.device)
@@ -179,9 +180,14 @@ class CudaBackend:
         return _Block(self._library.ep_cuda_block_free, handle)
 
     def note_free(self) -> None:
-        """Calls, and tensors of empty(), come after all that the current stream was given."""
+        """A tensor in the pool dies. Calls, and tensors of empty(), come after all that the current
+        stream was given; or that of the call that was the last to use the tensor.
+        """
         if self._buffer is not None:
-            self._library.ep_cuda_note_free(self._buffer, self._current_stream())
+            stream = self._pending.stream_of_dying
+            self._library.ep_cuda_note_free(
+                self._buffer, self._current_stream() if stream is None else stream
+            )
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor in this rank's pool, for the current stream to write to."""
@@ -290,8 +296,8 @@ class CudaBackend:
 
         Errors that a kernel finds surface at event.wait(), or here; those of graphs only here.
         """
-        while self._pending and self.is_finished(self._pending[0][0]):
-            number, _ = self._pending.pop(0)
+        while (number := self._pending.oldest()) is not None and self.is_finished(number):
+            self._pending.drop(number)
             self._check(number)
         if self._captured:
             self._check(_native_cuda.FIRST_CAPTURED)
@@ -404,7 +410,7 @@ class CudaBackend:
         try:
             _native.call(self._library.ep_cuda_wait, self._buffer, number)
         finally:  # whoever waited knows the outcome; poll() need not tell it again
-            self._pending = [entry for entry in self._pending if entry[0] != number]
+            self._pending.drop(number)
 
     def make_current_stream_wait(self, number: int) -> None:
         if self._buffer is not None:
@@ -417,7 +423,7 @@ class CudaBackend:
 
     def finish_calls(self) -> None:
         """Waits on the host for all calls under way."""
-        for number, _ in list(self._pending):
+        for number in self._pending.numbers():
             self.wait(number)
 
     def stamps(self, number: int) -> dict[str, int]:
@@ -469,7 +475,7 @@ class CudaBackend:
         if torch.cuda.is_current_stream_capturing():
             self._captured.append(keep)
         else:
-            self._pending.append((number, keep))
+            self._pending.add(number, keep, self._current_stream())
         return Event(CudaOperation(self, number))
 
     # End
