@@ -123,6 +123,21 @@ def ll_library() -> ctypes.CDLL:
     return load_library(CPU_LIBRARY, _SIGNATURES, "ep_ll_abi_sizes", _MIRRORS)
 
 
+def region_bytes(sizes: LlSizes, num_ranks: int, num_experts: int, num_local_experts: int) -> int:
+    """Bytes of a region for calls of these sizes, the same in both cores."""
+    num_bytes: int = ll_library().ep_ll_region_bytes(
+        ctypes.byref(sizes), num_ranks, num_experts, num_local_experts
+    )
+    return num_bytes
+
+
+def half_offsets(sizes: LlSizes, num_ranks: int, num_local_experts: int) -> tuple[int, int, int]:
+    """Where a half has its rows, their scales, and the rows for combine, the same in both cores."""
+    offsets = (ctypes.c_int64 * 3)()
+    ll_library().ep_ll_half_offsets(ctypes.byref(sizes), num_ranks, num_local_experts, offsets)
+    return offsets[0], offsets[1], offsets[2]
+
+
 @functools.cache
 def cuda_ll_library() -> ctypes.CDLL:
     """The same of the CUDA core."""

@@ -12,7 +12,6 @@ from ep_kernels._native_ll import (
     RECEIVE_ASYNC,
     LlCombineArgs,
     LlDispatchArgs,
-    LlSizes,
     ll_library,
 )
 from ep_kernels.errors import EPConfigError
@@ -20,14 +19,6 @@ from ep_kernels.event import Event
 
 if TYPE_CHECKING:
     from ep_kernels.cpu_backend import CpuBackend
-
-
-def region_bytes(sizes: LlSizes, num_ranks: int, num_experts: int, num_local_experts: int) -> int:
-    """Bytes of a region for calls of these sizes."""
-    num_bytes: int = ll_library().ep_ll_region_bytes(
-        ctypes.byref(sizes), num_ranks, num_experts, num_local_experts
-    )
-    return num_bytes
 
 
 class CpuLowLatency:
@@ -59,14 +50,6 @@ class CpuLowLatency:
     def choose_num_sms(self, wanted: int | None, *, default: int) -> int:
         """Worker threads of a call."""
         return wanted or default
-
-    def half_offsets(
-        self, sizes: LlSizes, num_ranks: int, num_local_experts: int
-    ) -> tuple[int, int, int]:
-        """Where a half has its rows, their scales, and the rows for combine."""
-        offsets = (ctypes.c_int64 * 3)()
-        self._library.ep_ll_half_offsets(ctypes.byref(sizes), num_ranks, num_local_experts, offsets)
-        return offsets[0], offsets[1], offsets[2]
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor over the pool, in the region or in a window that replaced a half of it."""

@@ -25,7 +25,7 @@ from ep_kernels._native_cuda import CallOrder
 from ep_kernels.backend import CallOptions, FreshDispatch
 from ep_kernels.bootstrap import Bootstrap
 from ep_kernels.config import Settings
-from ep_kernels.cuda_pending import PendingCalls
+from ep_kernels.cuda_pending import CallOnDevice, PendingCalls
 from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
 from ep_kernels.event import Event
 from ep_kernels.handle import HostCounts, RoutingMemory
@@ -62,28 +62,17 @@ class _Memory:
         self._backend.note_free()
 
 
-class CudaOperation:
-    """A call that was put on the communication stream."""
+class CudaOperation(CallOnDevice):
+    """A high-throughput call, which others can be ordered behind."""
 
     def __init__(self, backend: CudaBackend, number: int) -> None:
-        self.backend, self.number = backend, number
+        super().__init__(backend, number)
+        self.backend = backend
 
     @property
     def is_captured(self) -> bool:
         """Part of a graph: it runs when that does, and counts as finished."""
         return self.number >= _native_cuda.FIRST_CAPTURED
-
-    def is_finished(self) -> bool:
-        return self.backend.is_finished(self.number)
-
-    def wait(self) -> None:
-        self.backend.wait(self.number)
-
-    def make_current_stream_wait(self) -> None:
-        self.backend.make_current_stream_wait(self.number)
-
-    def interval(self) -> None:
-        return None
 
 
 class CudaBackend:

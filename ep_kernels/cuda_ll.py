@@ -18,10 +18,9 @@ from ep_kernels._native_ll import (
     RECEIVE_LATER,
     LlCombineArgs,
     LlDispatchArgs,
-    LlSizes,
     cuda_ll_library,
-    ll_library,
 )
+from ep_kernels.cuda_pending import CallOnDevice, PendingCalls
 from ep_kernels.errors import EPConfigError
 from ep_kernels.event import Event
 
@@ -29,25 +28,6 @@ if TYPE_CHECKING:
     from ep_kernels.cuda_backend import CudaBackend
 
 NUM_SMS = 16
-
-
-class CudaLlOperation:
-    """A low-latency call whose receive half was enqueued, or is left to a hook."""
-
-    def __init__(self, region: CudaLowLatency, number: int) -> None:
-        self._region, self._number = region, number
-
-    def is_finished(self) -> bool:
-        return self._region.is_finished(self._number)
-
-    def wait(self) -> None:
-        self._region.wait(self._number)
-
-    def make_current_stream_wait(self) -> None:
-        self._region.make_current_stream_wait(self._number)
-
-    def interval(self) -> None:
-        return None
 
 
 class CudaLowLatency:
@@ -60,11 +40,10 @@ class CudaLowLatency:
 
     def __init__(self, backend: CudaBackend, num_bytes: int, *, mask_silent_ranks: bool) -> None:
         self._library = cuda_ll_library()
-        self._layout = ll_library()  # sizes and offsets are the same on the CPU
         self._max_num_sms = backend.max_num_sms
         self._device, self._finish_calls = backend.device, backend.finish_calls
         self._low_latency: int | None = None
-        self._pending: list[tuple[int, Any]] = []  # call, what it uses
+        self._pending = PendingCalls()
         self._captured: list[Any] = []  # what a graph will use again
         offset, self._region = backend.take_region()
         assert offset == 0, "the region must be at the same place on all ranks"
@@ -88,14 +67,6 @@ class CudaLowLatency:
         return min(wanted or env.num_sms() or NUM_SMS, self._max_num_sms)
 
     # Memory
-
-    def half_offsets(
-        self, sizes: LlSizes, num_ranks: int, num_local_experts: int
-    ) -> tuple[int, int, int]:
-        """Where a half has its rows, their scales, and the rows for combine."""
-        offsets = (ctypes.c_int64 * 3)()
-        self._layout.ep_ll_half_offsets(ctypes.byref(sizes), num_ranks, num_local_experts, offsets)
-        return offsets[0], offsets[1], offsets[2]
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor over the region."""
@@ -178,7 +149,7 @@ class CudaLowLatency:
         try:
             _native.call(self._library.ep_cuda_ll_wait, self._low_latency, number)
         finally:  # whoever waited knows the outcome; _poll() need not tell it again
-            self._pending = [entry for entry in self._pending if entry[0] != number]
+            self._pending.drop(number)
 
     def make_current_stream_wait(self, number: int) -> None:
         if self._low_latency is not None:
@@ -193,8 +164,8 @@ class CudaLowLatency:
         """Lets go of finished calls. One that failed makes this call fail, on every rank."""
         if torch.cuda.is_current_stream_capturing():
             return
-        while self._pending and self.is_finished(self._pending[0][0]):
-            number, _ = self._pending.pop(0)
+        while (number := self._pending.oldest()) is not None and self.is_finished(number):
+            self._pending.drop(number)
             try:
                 _native.call(self._library.ep_cuda_ll_check, self._core(), number)
             except EPConfigError as error:
@@ -205,14 +176,14 @@ class CudaLowLatency:
         if torch.cuda.is_current_stream_capturing():
             self._captured.append(keep)
         else:
-            self._pending.append((number, keep))
+            self._pending.add(number, keep, self._stream())
 
     def _event(self, number: int, receive: int, keep: Any) -> Event:
         if receive != RECEIVE_LATER:
             self._keep_until_finished(number, keep)
         if torch.cuda.is_current_stream_capturing() and receive != RECEIVE_ASYNC:
             return Event()
-        return Event(CudaLlOperation(self, number))
+        return Event(CallOnDevice(self, number))
 
     def _stream(self) -> int:
         return torch._C._cuda_getCurrentRawStream(self._device.index)

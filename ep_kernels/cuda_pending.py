@@ -2,7 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
+
+
+class Calls(Protocol):
+    """Who makes calls on a GPU and knows them by number."""
+
+    def is_finished(self, number: int) -> bool: ...
+    def wait(self, number: int) -> None: ...
+    def make_current_stream_wait(self, number: int) -> None: ...
+
+
+class CallOnDevice:
+    """What the event of a call asks."""
+
+    def __init__(self, calls: Calls, number: int) -> None:
+        self._calls, self.number = calls, number
+
+    def is_finished(self) -> bool:
+        return self._calls.is_finished(self.number)
+
+    def wait(self) -> None:
+        self._calls.wait(self.number)
+
+    def make_current_stream_wait(self) -> None:
+        self._calls.make_current_stream_wait(self.number)
+
+    def interval(self) -> None:
+        return None
 
 
 class PendingCalls:

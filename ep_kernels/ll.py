@@ -20,6 +20,8 @@ from ep_kernels._native_ll import (
     LlCombineArgs,
     LlDispatchArgs,
     LlSizes,
+    half_offsets,
+    region_bytes,
 )
 from ep_kernels.errors import EPConfigError
 from ep_kernels.event import Event
@@ -40,9 +42,6 @@ class Region(Protocol):
     """The compiled calls of a backend, `cpu_ll.py` or `cuda_ll.py`."""
 
     def choose_num_sms(self, wanted: int | None, *, default: int) -> int: ...
-    def half_offsets(
-        self, sizes: LlSizes, num_ranks: int, num_local_experts: int
-    ) -> tuple[int, int, int]: ...
     def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor: ...
     def dispatch(
         self, args: LlDispatchArgs, receive: int, *, keep: Any
@@ -73,8 +72,6 @@ def size_hint(
     num_local_experts: int | None,
 ) -> int:
     """See Buffer.low_latency_size_hint()."""
-    from ep_kernels.cpu_ll import region_bytes
-
     for name, value, high in (
         ("num_max_tokens_per_rank", num_max_tokens_per_rank, ll_checks.MAX_TOKENS),
         ("hidden", hidden, ll_checks.MAX_HIDDEN),
@@ -266,7 +263,7 @@ class LowLatency:
         hidden, row_format = sizes.hidden, sizes.format
         num_rows = num_ranks * sizes.num_max_tokens_per_rank
         shape = (num_local, num_rows, hidden)
-        x, scales, combine = self._region.half_offsets(sizes, num_ranks, num_local)
+        x, scales, combine = half_offsets(sizes, num_ranks, num_local)
         recv_scales = None
         if row_format != BF16:
             num_scales = hidden // (SCALE_GROUP * (4 if row_format == FP8_UE8M0 else 1))
