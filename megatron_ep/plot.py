@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ep_kernels.bench.plot import load_pyplot
 from megatron_ep.metrics import read_metrics
 
 
@@ -29,16 +30,7 @@ def plot_losses(
         ImportError: matplotlib is not installed.
         ValueError: a file has no losses, or the number of labels differs from that of files.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ImportError(
-            "plots need the package matplotlib: pip install matplotlib; the numbers are in "
-            f"{', '.join(map(str, paths))}"
-        ) from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = load_pyplot(paths)
     names = list(labels) if labels else [Path(path).resolve().parent.name for path in paths]
     if len(names) != len(paths):
         raise ValueError(f"{len(names)} labels for {len(paths)} files")

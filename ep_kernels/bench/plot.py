@@ -31,12 +31,9 @@ def read_records(paths: Sequence[str | Path]) -> list[Record]:
     return records
 
 
-def plot_times(paths: Sequence[str | Path], output: str | Path) -> Path:
-    """Writes a picture with a panel for each operation; its suffix is the format.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: the files have no times.
+def load_pyplot(paths: Sequence[str | Path]) -> Any:
+    """matplotlib.pyplot, for pictures in files. Raises ImportError that names `paths`, the numbers
+    that were to be drawn.
     """
     try:
         import matplotlib
@@ -48,6 +45,17 @@ def plot_times(paths: Sequence[str | Path], output: str | Path) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def plot_times(paths: Sequence[str | Path], output: str | Path) -> Path:
+    """Writes a picture with a panel for each operation; its suffix is the format.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the files have no times.
+    """
+    plt = load_pyplot(paths)
     records = read_records(paths)
     if not records:
         raise ValueError(f"{', '.join(map(str, paths))}: no times")
