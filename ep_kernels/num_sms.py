@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 MARGIN = 1.5
 """SMs are not equally fast, and rows go to several places: with as many SMs as the rates of an SM
-and of the memory or link ask for, 8 to 10, dispatch took 1.13 times as long as with 16 at EP8 on
-one H200, and 1.7 times over NVLink (docs/performance.md)."""
+and of the memory ask for, 8, dispatch took 1.15 times as long as with 16 at EP8 on one H200
+(docs/performance.md)."""
 
 DEFAULT = 16
 """For pools too small to measure with."""
