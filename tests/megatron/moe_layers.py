@@ -187,6 +187,7 @@ def make_layer(case: Case, grid: Grid, dispatcher: str, *, seed: int = SEED) -> 
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.transformer.spec_utils import build_module
 
+    torch.manual_seed(seed)  # the router's weights are drawn on the CPU
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     spec = get_moe_module_spec(use_te=False, num_experts=case.num_experts)
     layer = build_module(spec, config=make_config(case, grid, dispatcher))
