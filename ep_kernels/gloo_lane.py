@@ -28,6 +28,7 @@ class GlooLane(Lane):
         self._messages = self._connect(f"{name}/messages", timeout_s)
         self._farewells = self._connect(f"{name}/farewells", timeout_s)
         self._lost: dict[int, Lost] = {}
+        self._said: dict[int, Lost | None] = {}
         self._expected = {}
         for node in topology.other_nodes:
             culprit = torch.zeros(1, dtype=torch.int32)
@@ -63,25 +64,33 @@ class GlooLane(Lane):
             transfer.work.wait(timedelta(seconds=self._deadline_s))
         except RuntimeError as error:
             if time.monotonic() - begin >= self._deadline_s:
-                return self._expired(transfer.node)
+                return self._follow(self._expired(transfer.node))
             return self._why(transfer.node, str(error))
         return None
 
     def _why(self, node: int, error: str) -> Lost:
-        """NOTE: farewells are sent before connections are closed, and a peer that died closes both:
-        this wait, which would break the connections for farewells too, does not run out of time."""
         if node not in self._lost:
-            culprit, work = self._expected[node]
-            try:
-                work.wait(timedelta(seconds=FAREWELL_S))
-                self._lost[node] = self._said_farewell(node, int(culprit))
-            except RuntimeError:
+            said = self._farewell_from(node)
+            if said is None:
                 peer = self.topology.lane_rank(node)
                 text = f"the connection to rank {peer} of node {node} has ended ({error})"
                 self._lost[node] = Lost(peer, text)
+            else:
+                self._lost[node] = self._follow(said)
         return self._lost[node]
 
-    def _close(self, culprit: int) -> None:
+    def _farewell_from(self, node: int) -> Lost | None:
+        """NOTE: farewells are sent before connections are closed, and a peer that died closes both.
+        The wait runs out for a silent peer only, and breaks the connections for farewells."""
+        if node not in self._said:
+            culprit, work = self._expected[node]
+            self._said[node] = None
+            with _ended_connections():
+                work.wait(timedelta(seconds=FAREWELL_S))
+                self._said[node] = self._said_farewell(node, int(culprit))
+        return self._said[node]
+
+    def _send_farewells(self, culprit: int) -> None:
         word = torch.tensor([culprit], dtype=torch.int32)
         gone = {*self._lost, self.topology.node_of(culprit) if culprit >= 0 else -1}
         works = []
@@ -92,6 +101,8 @@ class GlooLane(Lane):
         for work in works:
             with _ended_connections():
                 work.wait(timedelta(seconds=FAREWELL_S))
+
+    def _close(self) -> None:
         self._break(self._messages)
         self._break(self._farewells)
 

@@ -23,7 +23,8 @@ from ep_kernels.errors import EPError, EPTimeoutError
 from ep_kernels.topology import Topology
 
 FAREWELL_S = 0.5
-"""How long a peer's farewell may take, after its connection has ended or before ours does."""
+"""How long a peer's farewell may take: after its connection or a wait for it has ended, or before
+our own connections end."""
 
 TAGS_PER_CALL = 8
 FAREWELL_TAG, CLOSE_TAG, FIRST_TAG = 0, 1, TAGS_PER_CALL
@@ -102,7 +103,7 @@ class Lane(abc.ABC):
         self.on_wait: Callable[[int], None] = lambda rank: None
         # Local waits for the same culprit end first, and know more.
         self._deadline_s = 1.1 * timeout_s
-        self._is_closed = False
+        self._is_closed = self._has_said = False
         self._counts = dict.fromkeys(vars(ScaleoutStats()), 0)
 
     def stats(self) -> ScaleoutStats:
@@ -135,7 +136,8 @@ class Lane(abc.ABC):
         ends all transfers. The first farewell counts."""
         if not self._is_closed:
             self._is_closed = True
-            self._close(culprit)
+            self._say(culprit)
+            self._close()
 
     def _start(self, start: Any, node: int, tensor: torch.Tensor, message: Message) -> Transfer:
         try:
@@ -171,6 +173,27 @@ class Lane(abc.ABC):
             return Lost(peer, f"rank {peer} failed during a call")
         return Lost(culprit, f"rank {peer} gave up on rank {culprit}")
 
+    def _follow(self, lost: Lost) -> Lost:
+        """Whom the rank to blame has itself given up on, and so on: the waits of ranks that wait
+        for each other in a row run out at about the same time. So a rank says first whom it
+        blames, for the one that waits for it, and asks then."""
+        self._say(lost.culprit)
+        asked = {self.topology.node}
+        while (node := self.topology.node_of(lost.culprit)) not in asked:
+            asked.add(node)
+            if self.topology.lane_rank(node) != lost.culprit:
+                break  # on another lane
+            said = self._farewell_from(node)
+            if said is None or said.culprit == lost.culprit:
+                break
+            lost = Lost(said.culprit, f"{lost.text}, and {said.text}")
+        return lost
+
+    def _say(self, culprit: int) -> None:
+        if not self._has_said:
+            self._has_said = True
+            self._send_farewells(culprit)
+
     @abc.abstractmethod
     def _isend(self, node: int, tensor: torch.Tensor, tag: int) -> Any: ...
 
@@ -184,7 +207,15 @@ class Lane(abc.ABC):
     def _why(self, node: int, error: str) -> Lost: ...
 
     @abc.abstractmethod
-    def _close(self, culprit: int) -> None: ...
+    def _send_farewells(self, culprit: int) -> None:
+        """To all peers that are not known to be gone."""
+
+    @abc.abstractmethod
+    def _farewell_from(self, node: int) -> Lost | None:
+        """What the peer has said, or says within FAREWELL_S."""
+
+    @abc.abstractmethod
+    def _close(self) -> None: ...
 
 
 def make_lane(

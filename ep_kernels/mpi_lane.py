@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ep_kernels.errors import EPConfigError
-from ep_kernels.lanes import FAREWELL_TAG, Lane, Lost, Transfer
+from ep_kernels.lanes import FAREWELL_S, FAREWELL_TAG, Lane, Lost, Transfer
 from ep_kernels.topology import Topology
 
 
@@ -21,8 +21,9 @@ class MpiLane(Lane):
     """
 
     # Requests with their memory, which MPI may use until they complete: those of a call that failed
-    # stay here for good.
+    # and farewells stay here for good.
     _under_way: dict[int, tuple[Any, torch.Tensor]] = {}
+    _farewells: list[tuple[Any, torch.Tensor]] = []
 
     def __init__(self, topology: Topology, timeout_s: float, comm: Any) -> None:
         super().__init__(topology, timeout_s)
@@ -49,9 +50,10 @@ class MpiLane(Lane):
             if attempt % 256 == 255:
                 self._receive_farewells()
             if transfer.node in self._said:
-                return self._said_farewell(transfer.node, self._said[transfer.node])
+                said = self._said_farewell(transfer.node, self._said[transfer.node])
+                return self._follow(said)
             if time.monotonic() > deadline:
-                return self._expired(transfer.node)
+                return self._follow(self._expired(transfer.node))
             time.sleep(0 if attempt < 100 else 50e-6)
         raise AssertionError
 
@@ -64,10 +66,23 @@ class MpiLane(Lane):
     def _why(self, node: int, error: str) -> Lost:
         return Lost(self.topology.lane_rank(node), error)
 
-    def _close(self, culprit: int) -> None:
+    def _farewell_from(self, node: int) -> Lost | None:
+        deadline = time.monotonic() + FAREWELL_S
+        while node not in self._said:
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(1e-3)
+            self._receive_farewells()
+        return self._said_farewell(node, self._said[node])
+
+    def _send_farewells(self, culprit: int) -> None:
         words = torch.tensor([self.topology.node, culprit], dtype=torch.int32)
         for node in self.topology.other_nodes:
-            self._isend(node, words, FAREWELL_TAG)
+            request = self._comm.Isend(words.numpy(), node, FAREWELL_TAG)
+            self._farewells.append((request, words))
+
+    def _close(self) -> None:
+        """MPI keeps its connections."""
 
 
 def _check_thread_level() -> None:

@@ -18,10 +18,12 @@ from cases import Case, World
 
 import ep_kernels
 from ep_kernels import reference
+from ep_kernels._native import PHASES
+from ep_kernels.bootstrap import make_bootstrap
 from ep_kernels.config import Layout, make_expert_to_rank
 from ep_kernels.errors import EPConfigError, EPTimeoutError
 from ep_kernels.hierarchical import HierarchicalBackend
-from ep_kernels.lanes import Lane
+from ep_kernels.lanes import Lane, Message, make_lane
 from ep_kernels.testing import assert_bitwise_equal
 from ep_kernels.testing.leaks import shm_mappings
 from ep_kernels.topology import Topology, _Home, find_topology
@@ -426,10 +428,13 @@ class FarewellLane(Lane):
     def _isend(self, node, tensor, tag):
         raise NotImplementedError
 
-    _irecv = _wait = _why = _isend
+    _irecv = _wait = _why = _farewell_from = _isend
 
-    def _close(self, culprit):
+    def _send_farewells(self, culprit):
         self.said.append(culprit)
+
+    def _close(self):
+        pass
 
 
 def test_a_lane_says_farewell_once_naming_the_culprit():
@@ -437,3 +442,25 @@ def test_a_lane_says_farewell_once_naming_the_culprit():
     lane.close(1)
     lane.close()  # as destroy() does after a failure
     assert lane.said == [1]
+
+
+def on_rank_waits_in_a_row(rank):
+    """0 waits for 1 for 1.1 s, 1 for 2 a little longer, 2 is silent, 3 waits for 0."""
+    timeout_s = (1.0, 1.2, 1.0, 10.0)[rank]
+    topology = Topology(rank=rank, num_ranks=4, num_local_ranks=1)
+    lane = make_lane(make_bootstrap(None), topology, timeout_s, lambda waiting_for: None)
+    awaited = (1, 2, None, 0)[rank]
+    if awaited is not None:
+        message = Message(seq=0, kind=0, phase=next(iter(PHASES)))
+        with pytest.raises(EPTimeoutError) as raised:
+            lane.wait(lane.irecv(awaited, torch.zeros(8, dtype=torch.uint8), message))
+        assert raised.value.peer == 2, raised.value
+        lane.close(2)
+    dist.barrier()
+    if awaited is None:
+        lane.close()
+
+
+def test_ranks_that_wait_for_each_other_in_a_row_all_name_the_silent_one(launch):
+    """Also those whose wait runs out before the one behind it."""
+    launch(on_rank_waits_in_a_row, num_ranks=4)
