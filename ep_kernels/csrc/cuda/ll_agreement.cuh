@@ -37,28 +37,19 @@ __device__ __forceinline__ bool ll_has_done(const LlGroup& g, int half, uint64_t
 __device__ inline bool ll_is_plain(const LlGroup& g, LlBoard& board, uint64_t number, LlRanks view,
                                    uint64_t deadline) {
   const LlRanks peers = ll_peers(g, view);
-  bool has_come = true;
-  for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x) {
-    if (!ll_has(peers, peer)) continue;
-    const uint64_t* flag = ll_flag(g, number, g.group.rank, peer);
-    const auto is_there = [&] { return load_flag(flag) >= ll_post_flag(number, 0); };
-    LlLoss loss;
-    if (blockIdx.x == 0) {
-      has_come &= ll_wait(g, peer, deadline, &loss, is_there);
-    } else {  // block 0 says when to stop
-      bool is_waiting = true;
-      for (uint32_t spin = 0; is_waiting && !is_there(); ++spin)
-        is_waiting = spin % 32 != 31 || ll_read_verdict(g, number) == LlVerdict::kNone;
-      has_come &= is_waiting;
-    }
-  }
-  if (!__syncthreads_and(has_come)) return false;
-  ll_read_posts(g, board, number, peers);
-  bool is_same = true;
+  const auto wait = [&](int peer, LlLoss* loss, auto&& is_there) {
+    if (blockIdx.x == 0) return ll_wait(g, peer, deadline, loss, is_there);
+    for (uint32_t spin = 0; !is_there(); ++spin)  // block 0 says when to stop
+      if (spin % 32 == 31 && ll_read_verdict(g, number) != LlVerdict::kNone) return false;
+    return true;
+  };
+  const bool have_come =
+      ll_take_posts(g, board, number, peers, wait, [](int, bool, LlLoss, uint64_t) {});
+  if (!__syncthreads_and(have_come)) return false;
+  bool is_same = ll_is_same(g, board, peers);
   for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x)
     is_same &= !ll_has(peers, peer) || board.posts[peer].word[kLlWordMasked] == view;
-  const bool is_agreed = ll_find(g, board, peers) == INT32_MAX;
-  return __syncthreads_and(is_same && is_agreed);
+  return __syncthreads_and(is_same);
 }
 
 /// All threads of a block other than 0: what block 0 has found.

@@ -38,7 +38,7 @@ struct Sums {
   const LlCombineCall& call;
   const LlBoard& board;  ///< the posts of the combine
   Source* list;          ///< rows of the tokens of a wave
-  int64_t begin, end;    ///< pieces
+  int begin, end;        ///< pieces
   int pieces_per_token, tokens_per_wave;
 
   __device__ const uint8_t* row_at(int src, int64_t local, int64_t row) const {
@@ -51,11 +51,11 @@ struct Sums {
   }
 
   /// All threads: lists the rows of the tokens of a wave.
-  __device__ void fill(int64_t first, int64_t last, LlRanks sources) const {
+  __device__ void fill(int first, int last, LlRanks sources) const {
     __syncthreads();
     const int num_topk = call.sizes.num_topk;
-    for (int64_t i = threadIdx.x; i < (last - first) * num_topk; i += blockDim.x) {
-      const int64_t choice = first * num_topk + i;
+    for (int i = threadIdx.x; i < (last - first) * num_topk; i += blockDim.x) {
+      const int choice = first * num_topk + i;
       const int32_t row = call.args.rows[choice], expert = call.args.experts[choice];
       const float weight = call.args.topk_weights[choice];
       Source source{nullptr, weight};
@@ -107,13 +107,14 @@ struct Sums {
   __device__ void run(LlRanks sources) const {
     const int warp = threadIdx.x / kLlWarpSize, lane = threadIdx.x % kLlWarpSize;
     const int64_t hidden = call.sizes.hidden;
-    for (int64_t first = begin / pieces_per_token; first * pieces_per_token < end;
+    const auto num_tokens = static_cast<int>(call.sizes.num_tokens);
+    for (int first = begin / pieces_per_token; first * pieces_per_token < end;
          first += tokens_per_wave) {
-      const int64_t last = min(first + tokens_per_wave, call.sizes.num_tokens);
+      const int last = min(first + tokens_per_wave, num_tokens);
       fill(first, last, sources);
-      for (int64_t piece = max(begin, first * pieces_per_token) + warp;
+      for (int piece = max(begin, first * pieces_per_token) + warp;
            piece < min(end, last * pieces_per_token); piece += kNumWarps) {
-        const int64_t token = piece / pieces_per_token;
+        const int token = piece / pieces_per_token;
         const int64_t channel = piece % pieces_per_token * kChannels + 8 * lane;
         if (channel >= hidden) continue;
         const Source* rows = list + (token - first) * call.sizes.num_topk;
@@ -122,7 +123,7 @@ struct Sums {
           add_compressed(rows, channel, sum);
         else
           add(rows, channel, sum);
-        store_once(reinterpret_cast<uint4*>(call.args.out + token * hidden + channel),
+        store_once(reinterpret_cast<uint4*>(call.args.out + int64_t{token} * hidden + channel),
                    BF16::store(sum));
       }
     }
@@ -169,23 +170,24 @@ __device__ void lose_late(const LlGroup& g, const LlCombineCall& call, LlRanks l
 }
 
 /// All threads of the last block: who has been summed in the end, after `used` by all blocks.
-__device__ LlRanks look_back(const LlGroup& g, LlBoard& board, Sums sums, LlRanks used,
-                             bool is_uneven) {
+__device__ LlRanks look_back(const LlGroup& g, Sums sums, LlRanks used, bool is_uneven) {
   sums.begin = 0;
-  sums.end = sums.call.sizes.num_tokens * sums.pieces_per_token;
+  sums.end = static_cast<int>(sums.call.sizes.num_tokens) * sums.pieces_per_token;
   while (true) {
     // An owner that has masked us may have overwritten rows while we read them.
-    __syncthreads();
-    for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x)
-      if (ll_has(used, peer) && peer != g.group.rank && ll_has_left(g, peer)) ll_mask(g, peer);
-    __syncthreads();
-    if (threadIdx.x == 0) board.masked = read_word(&g.state->masked);
-    __syncthreads();
-    const LlRanks sources = used & ~board.masked;
-    if (sources == used && !is_uneven) return used;
+    bool has_left = false;
+    for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x) {
+      if (!ll_has(used, peer) || peer == g.group.rank || !ll_has_left(g, peer)) continue;
+      ll_mask(g, peer);
+      has_left = true;
+    }
+    const bool have_some_left = __syncthreads_or(has_left) != 0;
+    const LlRanks sources = used & ~read_word(&g.state->masked);
+    if (!have_some_left && sources == used && !is_uneven) return used;
     used = sources;
     is_uneven = false;
     sums.run(used);
+    __syncthreads();
   }
 }
 
@@ -193,8 +195,28 @@ __device__ Sums make_sums(const LlGroup& g, const LlCombineCall& call, const LlB
                           void* shared) {
   const int per_token = static_cast<int>(ceil_div(call.sizes.hidden, int64_t{kChannels}));
   const Range range = split_evenly(call.sizes.num_tokens * per_token, blockIdx.x, gridDim.x);
-  return {g,           call,      board,     static_cast<Source*>(shared),
-          range.begin, range.end, per_token, max(1, kMaxSlots / call.sizes.num_topk)};
+  return {g,
+          call,
+          board,
+          static_cast<Source*>(shared),
+          static_cast<int>(range.begin),
+          static_cast<int>(range.end),
+          per_token,
+          max(1, kMaxSlots / call.sizes.num_topk)};
+}
+
+/// All threads of the last block: loses whom some block has not seen, and leaves out whom a peer
+/// leaves out.
+__device__ void take_news(const LlGroup& g, const LlCombineCall& call, const LlBoard& board,
+                          LlRanks came, LlRanks late) {
+  if (threadIdx.x == 0) {
+    if (late) lose_late(g, call, late);
+    for (int peer = 0; peer < g.group.num_ranks; ++peer)
+      if (ll_has(came, peer) &&
+          (board.posts[peer].word[kLlWordMasked] & ~read_word(&g.state->masked)) != 0)
+        ll_adopt(g, peer, board.posts[peer].word[kLlWordMasked]);
+  }
+  __syncthreads();
 }
 
 /// All threads of the last block: the outcome.
@@ -203,26 +225,26 @@ __device__ void finish(const LlGroup& g, const Sums& sums, LlBoard& board, LlRan
   const LlCombineCall& call = sums.call;
   LlState& state = *g.state;
   LlHalfState& half = state.halves[call.half];
-  const LlRanks late = state.late;  // blocks may differ in whether they have summed these
-  if (threadIdx.x == 0) {
-    if (late) lose_late(g, call, late);
-    for (int peer = 0; peer < g.group.num_ranks; ++peer)
-      if (ll_has(came, peer) &&
-          (board.posts[peer].word[kLlWordMasked] & ~read_word(&state.masked)) != 0)
-        ll_adopt(g, peer, board.posts[peer].word[kLlWordMasked]);
-  }
-  __syncthreads();
-  const bool is_summed = finding == INT32_MAX && load_word(&state.failed) == 0;
-  if (is_summed) sources = look_back(g, board, sums, sources & ~late, late != 0);
+  const LlRanks late =
+      read_word(&state.late);  // blocks may differ in whether they have summed these
+  const LlRanks masked = read_word(&state.masked);
+  const uint64_t number = read_word(&half.combine) - 1;
+  bool is_news = late != 0;
+  for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x)
+    is_news |= ll_has(came, peer) && (board.posts[peer].word[kLlWordMasked] & ~masked) != 0;
+  if (__syncthreads_or(is_news)) take_news(g, call, board, came, late);
+  const bool is_summed = finding == INT32_MAX && read_word(&state.failed) == 0;
+  if (is_summed) sources = look_back(g, sums, sources & ~late, late != 0);
   for (int src = threadIdx.x; src < g.group.num_ranks; src += blockDim.x)
     call.args.missing[src] = !is_summed || !ll_has(sources, src);
   __syncthreads();
   if (threadIdx.x != 0) return;
   LlStatus status = LlStatus::kOk;
   if (finding != INT32_MAX)
-    status = ll_report(g, board, came, half.combine - 1, finding, call.record);
+    status = ll_report(g, board, came, number, finding, call.record);
   else if (!is_summed)
     status = LlStatus::kTimeout;
+  ll_stamp(g, number, kLlStampEnd);
   half.combine = 0;
   half.is_collected = 0;
   ll_reset_blocks(g);
@@ -238,12 +260,17 @@ __global__ void __launch_bounds__(kNumThreads, 1)
   const Sums sums = make_sums(g, call, board, shared);
   LlRanks came = 0, sources = 0;
   int finding = INT32_MAX;
-  if (half.combine != 0 && load_word(&g.state->failed) == 0) {
+  const bool is_first = blockIdx.x == 0 && threadIdx.x == 0;
+  const uint64_t number = half.combine - 1;
+  if (is_first) ll_stamp(g, number, kLlStampReceiving);
+  if (half.combine != 0 && read_word(&g.state->failed) == 0) {
     const LlRanks peers = half.peers & ~read_word(&g.state->masked);
     came = take_posts(g, call, board);
+    if (is_first) ll_stamp(g, number, kLlStampArrived);
     finding = ll_find(g, board, came);
     sources = peers & came & ~learn(g, board, came);
     if (finding == INT32_MAX) sums.run(sources);
+    if (is_first) ll_stamp(g, number, kLlStampSummed);
   }
   if (ll_is_last_block(g)) finish(g, sums, board, came, sources, finding);
 }

@@ -149,19 +149,22 @@ __device__ void post_rows(const LlGroup& g, const LlCombineCall& call, LlBoard& 
                           LlWords& words) {
   LlState& state = *g.state;
   LlHalfState& half = state.halves[call.half];
-  const uint64_t number = state.next_number;
-  ll_collect_old(g, board, number);
+  const uint64_t number = read_word(&state.next_number), dispatch = read_word(&half.number) - 1;
   const LlRanks view = read_word(&state.masked);
+  const AtomicWord bad_choice = read_word(&state.bad);
+  const int32_t error = half.error;
+  if (threadIdx.x == 0) ll_stamp(g, number, kLlStampWritten);
+  ll_collect_old(g, board, number);
   ll_begin_words(g, words, LlOp::kCombine, call.sizes, call.held, view);
   if (threadIdx.x == 0) {
-    words.word[kLlFieldDispatch] = half.number - 1;
+    words.word[kLlFieldDispatch] = dispatch;
     words.word[kLlFieldWire] = call.args.wire;
     words.word[kLlWordWindow] = call.half;
-    const auto bad = static_cast<int64_t>(state.bad);
+    const auto bad = static_cast<int64_t>(bad_choice);
     const int num_topk = call.sizes.num_topk;
-    if (half.error)
+    if (error)
       ll_refuse_in(words, LlStatus::kNoDispatch, {0, 0, 0, 0});
-    else if (state.bad != ~uint64_t{0})
+    else if (bad_choice != ~AtomicWord{0})
       ll_refuse_in(
           words, LlStatus::kOtherIdx,
           {bad / num_topk, bad % num_topk, call.args.topk_idx[bad], call.args.experts[bad]});
@@ -169,6 +172,7 @@ __device__ void post_rows(const LlGroup& g, const LlCombineCall& call, LlBoard& 
   __syncthreads();
   ll_send_post(g, number, 0, words, nullptr, nullptr, ll_peers(g, view));
   if (threadIdx.x != 0) return;
+  ll_stamp(g, number, kLlStampSaid);
   half.combine = number + 1;
   half.is_collected = 0;
   state.next_number = number + 1;
@@ -180,7 +184,9 @@ __global__ void __launch_bounds__(kNumThreads, 1)
   extern __shared__ uint4 shared[];
   __shared__ LlBoard board;
   __shared__ LlWords words;
-  const bool is_usable = load_word(&g.state->failed) == 0;
+  if (blockIdx.x == 0 && threadIdx.x == 0)
+    ll_stamp(g, read_word(&g.state->next_number), kLlStampBegin);
+  const bool is_usable = read_word(&g.state->failed) == 0;
   if (is_usable) {
     check_idx(g, call);
     if (!call.args.is_zero_copy && !g.state->halves[call.half].error) stage(g, call, shared);

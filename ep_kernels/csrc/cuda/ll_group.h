@@ -77,6 +77,25 @@ struct LlHalfState {
   LlWords posts[kMaxRanks];
 };
 
+/// Moments of a call that are kept for whoever asks where its time went; those that a call does not
+/// come to stay 0. Send half first: of block 0, then of the block that ends last.
+enum LlStamp : int {
+  kLlStampBegin,      ///< the send kernel runs
+  kLlStampPosted,     ///< dispatch: this rank has posted
+  kLlStampPlaced,     ///< dispatch: first pieces are loaded, tokens placed
+  kLlStampAgreed,     ///< dispatch: all ranks have posted the same
+  kLlStampResolved,   ///< dispatch: rows have addresses
+  kLlStampSent,       ///< dispatch: block 0 has sent its rows
+  kLlStampWritten,    ///< all blocks have
+  kLlStampSaid,       ///< the peers are told: done, or a combine's post
+  kLlStampReceiving,  ///< the receive kernel runs
+  kLlStampArrived,    ///< what it waits for is there
+  kLlStampSummed,     ///< combine: block 0 has its sums
+  kLlStampEnd,
+  kNumLlStamps,
+};
+constexpr int kNumLlStamped = 64;  ///< calls
+
 /// Device memory of one rank that only its own kernels touch; they run one after the other.
 struct LlState {
   uint64_t next_number;
@@ -91,6 +110,7 @@ struct LlState {
   int64_t loss;                       ///< LlLoss
   uint64_t answer;                    ///< of an un-masking: the peers that did not answer
   LlHalfState halves[2];
+  uint64_t stamps[kNumLlStamped][kNumLlStamps];  ///< [number % kNumLlStamped] nanoseconds
 };
 
 /// The group as the kernels see it; passed by value.

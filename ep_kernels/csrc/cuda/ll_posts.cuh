@@ -13,17 +13,19 @@ struct LlBoard {
   int finding;
 };
 
-/// All threads: fills the words of a post; fields are to be set after a barrier.
+/// Thread 0 fills the words of a post; the same thread may change them.
 __device__ inline void ll_begin_words(const LlGroup& g, LlWords& words, LlOp op,
                                       const LlSizes& sizes, int held, LlRanks masked) {
   if (threadIdx.x != 0) return;
+  const uint64_t numbers[2] = {read_word(&g.state->halves[0].number),
+                               read_word(&g.state->halves[1].number)};
   for (uint64_t& word : words.word) word = 0;
   words.word[kLlFieldOp] = static_cast<uint64_t>(op);
   words.word[kLlFieldMaxTokens] = sizes.num_max_tokens_per_rank;
   words.word[kLlFieldHidden] = sizes.hidden;
   words.word[kLlFieldFormat] = sizes.format;
   for (int half = 0; half < 2; ++half)
-    if (held >> half & 1) words.word[kLlWordHeld + half] = g.state->halves[half].number;
+    if (held >> half & 1) words.word[kLlWordHeld + half] = numbers[half];
   words.word[kLlWordMasked] = masked;
 }
 
@@ -70,6 +72,30 @@ __device__ inline void ll_read_posts(const LlGroup& g, LlBoard& board, uint64_t 
   __syncthreads();
 }
 
+/// All threads, one for each word of each post of `from`: waits for the post, reads the word. The
+/// thread of a post's first word is told how the wait went: ended(peer, has_come, loss, seen).
+/// Whether all posts have come that this thread has waited for.
+template <typename Wait, typename Ended>
+__device__ bool ll_take_posts(const LlGroup& g, LlBoard& board, uint64_t number, LlRanks from,
+                              Wait&& wait, Ended&& ended) {
+  bool have_come = true;
+  for (int i = threadIdx.x; i < g.group.num_ranks * kNumLlWords; i += blockDim.x) {
+    const int src = i / kNumLlWords, word = i % kNumLlWords;
+    if (!ll_has(from, src)) continue;
+    uint64_t seen = 0;
+    LlLoss loss = LlLoss::kLate;
+    const bool has_come = wait(src, &loss, [&] {
+      seen = load_flag(ll_flag(g, number, g.group.rank, src));
+      return seen >= ll_post_flag(number, 0);
+    });
+    const auto* post = reinterpret_cast<const AtomicWord*>(&ll_post(g, number, g.group.rank, src));
+    if (has_come) board.posts[src].word[word] = __ldcg(post + word);
+    if (word == 0) ended(src, has_come, loss, seen);
+    have_come &= has_come;
+  }
+  return have_come;
+}
+
 /// All threads: waits for the posts of `from` and reads them. Returns who came. The losses of the
 /// others are told to lost(peer, loss, seen) by one thread each.
 template <typename Lost>
@@ -78,33 +104,50 @@ __device__ LlRanks ll_wait_posts(const LlGroup& g, LlBoard& board, uint64_t numb
   if (threadIdx.x == 0) board.came = 0;
   __syncthreads();
   const uint64_t start = now_ns();
-  for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x) {
-    if (!ll_has(from, peer)) continue;
-    uint64_t seen = 0;
-    LlLoss loss;
-    const bool has_come = ll_wait(g, peer, start + g.group.timeout_ns, &loss, [&] {
-      seen = load_flag(ll_flag(g, number, g.group.rank, peer));
-      return seen >= ll_post_flag(number, 0);
-    });
-    if (has_come)
-      atomicOr(&board.came, ll_bit(peer));
-    else
-      lost(peer, loss, seen);
-    if (waited_us) waited_us[peer] += static_cast<int64_t>((now_ns() - start) / 1000);
-  }
+  const auto wait = [&](int peer, LlLoss* loss, auto&& is_there) {
+    return ll_wait(g, peer, start + g.group.timeout_ns, loss, is_there);
+  };
+  ll_take_posts(g, board, number, from, wait,
+                [&](int peer, bool has_come, LlLoss loss, uint64_t seen) {
+                  if (has_come)
+                    atomicOr(&board.came, ll_bit(peer));
+                  else
+                    lost(peer, loss, seen);
+                  if (waited_us) waited_us[peer] += static_cast<int64_t>((now_ns() - start) / 1000);
+                });
   __syncthreads();
-  const LlRanks came = board.came;
-  ll_read_posts(g, board, number, came);
-  return came;
+  return board.came;
 }
 
 // Comparison.
+
+/// All threads, a part each, then to be combined: whether the posts of `members`, this rank among
+/// them, say the same, refuse nothing, and reuse no half that somebody reads.
+__device__ inline bool ll_is_same(const LlGroup& g, const LlBoard& board, LlRanks members) {
+  const int num_ranks = g.group.num_ranks;
+  const LlWords& own = board.posts[g.group.rank];
+  bool is_same = own.word[kLlFieldOp] != static_cast<uint64_t>(LlOp::kRefused);
+  for (int i = threadIdx.x; i < num_ranks * kNumLlFields; i += blockDim.x) {
+    const int src = i / kNumLlFields, field = i % kNumLlFields;
+    is_same &= !ll_has(members, src) || board.posts[src].word[field] == own.word[field];
+  }
+  for (int i = threadIdx.x; i < num_ranks * num_ranks; i += blockDim.x) {
+    const int owner = i / num_ranks, reader = i % num_ranks;
+    if (!ll_has(members, owner) || !ll_has(members, reader)) continue;
+    const uint64_t reused = board.posts[owner].word[kLlWordReused];
+    const uint64_t* held = &board.posts[reader].word[kLlWordHeld];
+    is_same &= reused == 0 || (held[0] != reused && held[1] != reused);
+  }
+  return is_same;
+}
 
 /// All threads: the lowest finding among the posts of `members`, or INT32_MAX: refusals by rank,
 /// then disagreements by rank and field, then results that a rank has let go of and another has
 /// not.
 __device__ inline int ll_find(const LlGroup& g, LlBoard& board, LlRanks members) {
   constexpr int kNothing = INT32_MAX;
+  if (__syncthreads_and(ll_has(members, g.group.rank) && ll_is_same(g, board, members)))
+    return kNothing;
   if (threadIdx.x == 0) board.finding = kNothing;
   __syncthreads();
   const int num_ranks = g.group.num_ranks, first = __ffsll(static_cast<int64_t>(members)) - 1;
@@ -186,9 +229,10 @@ __device__ inline void ll_collect(const LlGroup& g, LlBoard& board, int half) {
 
 /// All threads of the block that is about to post call `number`.
 __device__ inline void ll_collect_old(const LlGroup& g, LlBoard& board, uint64_t number) {
+  const uint64_t combines[2] = {read_word(&g.state->halves[0].combine),
+                                read_word(&g.state->halves[1].combine)};
   for (int half = 0; half < 2; ++half)
-    if (g.state->halves[half].combine != 0 && g.state->halves[half].combine + 1 <= number)
-      ll_collect(g, board, half);
+    if (combines[half] != 0 && combines[half] + 1 <= number) ll_collect(g, board, half);
 }
 
 }  // namespace ep::cuda

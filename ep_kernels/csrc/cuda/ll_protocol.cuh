@@ -20,6 +20,9 @@ __device__ __forceinline__ AtomicWord* atomic_word(uint64_t* word) {
 __device__ __forceinline__ uint64_t read_word(const uint64_t* word) {
   return *static_cast<const volatile uint64_t*>(word);
 }
+__device__ __forceinline__ uint32_t read_word(const uint32_t* word) {
+  return *static_cast<const volatile uint32_t*>(word);
+}
 
 // Words of the region.
 
@@ -130,6 +133,13 @@ __device__ __forceinline__ TimeoutRecord ll_timeout(const LlGroup& g, Phase phas
 
 // Ends of calls and kernels.
 
+/// One thread.
+__device__ __forceinline__ void ll_stamp(const LlGroup& g, uint64_t number, LlStamp which) {
+  uint64_t* stamps = g.state->stamps[number % kNumLlStamped];
+  for (int i = 0; which == kLlStampBegin && i < kNumLlStamps; ++i) stamps[i] = 0;
+  stamps[which] = now_ns();
+}
+
 /// One thread, at the end of a call: tells the host.
 __device__ inline void ll_end(const LlGroup& g, LlRecord* record, LlStatus status) {
   if (g.is_captured && status == LlStatus::kOk) return;
@@ -146,10 +156,11 @@ __device__ inline void ll_end(const LlGroup& g, LlRecord* record, LlStatus statu
 __device__ inline bool ll_is_last_block(const LlGroup& g) {
   __shared__ bool is_last;
   __syncthreads();
+  if (gridDim.x == 1) return true;
   if (threadIdx.x == 0) {
     __threadfence_system();
     is_last = atomicAdd(&g.state->num_finished, 1u) == gridDim.x - 1;
-    __threadfence_system();
+    __threadfence();
   }
   __syncthreads();
   return is_last;

@@ -297,4 +297,11 @@ LlRanks LowLatency::masked(cudaStream_t stream) {
   return masked;
 }
 
+void LowLatency::stamps(uint64_t* out, cudaStream_t stream) {
+  DeviceGuard guard(buffer_.device());
+  EP_CHECK_CUDA(cudaMemcpyAsync(out, group_.state->stamps, sizeof(group_.state->stamps),
+                                cudaMemcpyDeviceToHost, stream));
+  EP_CHECK_CUDA(cudaStreamSynchronize(stream));
+}
+
 }  // namespace ep::cuda

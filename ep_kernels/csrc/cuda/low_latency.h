@@ -48,6 +48,8 @@ class LowLatency {
   /// Takes a masked rank back, which must do the same; all that are masked if `rank` is negative.
   void unmask(int rank, cudaStream_t stream);
   LlRanks masked(cudaStream_t stream);
+  /// [kNumLlStamped][kNumLlStamps] of the last calls, by number; waits for `stream`.
+  void stamps(uint64_t* out, cudaStream_t stream);
 
   bool is_finished(int64_t number) const;
   /// Waits for a call on the host, then throws its error.
