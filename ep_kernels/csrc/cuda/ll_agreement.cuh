@@ -43,8 +43,7 @@ __device__ inline bool ll_is_plain(const LlGroup& g, LlBoard& board, uint64_t nu
       if (spin % 32 == 31 && ll_read_verdict(g, number) != LlVerdict::kNone) return false;
     return true;
   };
-  const bool have_come =
-      ll_take_posts(g, board, number, peers, wait, [](int, bool, LlLoss, uint64_t) {});
+  const bool have_come = ll_take_posts(g, board, number, peers, wait, [](int, bool, LlLoss) {});
   if (!__syncthreads_and(have_come)) return false;
   bool is_same = ll_is_same(g, board, peers);
   for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x)
@@ -142,7 +141,7 @@ __device__ inline LlSettled ll_agree(const LlGroup& g, LlBoard& board, const LlD
     __syncthreads();
     if (masked == view) break;
     view = masked;
-    ll_send_post(g, number, attempt, words, nullptr, nullptr, ll_peers(g, view));
+    ll_send_post(g, number, attempt, words, nullptr, ll_peers(g, view));
     // A new one: peers may have waited as long as this rank before they post again.
     deadline = now_ns() + g.group.timeout_ns;
   }

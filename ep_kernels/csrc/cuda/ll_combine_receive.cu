@@ -1,6 +1,7 @@
 // The receive half of a low-latency combine on the GPU. The twin of cpu/ll_combine.cpp and of the
 // steps of combine in cpu/ll_receive.cpp.
 //
+//   block 0       the send half, if this is the kernel of a whole call             ll_post_rows
 //   every block   wait for the posts                                               take_posts
 //                 its share of the pieces of rows: list the rows of a token,
 //                 pull, weigh and sum them                                         Sums::run
@@ -12,6 +13,7 @@
 
 #include "core/math.h"
 #include "cuda/check_cuda.h"
+#include "cuda/ll_combine_post.cuh"
 #include "cuda/ll_kernels.h"
 #include "cuda/ll_posts.cuh"
 #include "cuda/ll_rows.cuh"
@@ -131,9 +133,10 @@ struct Sums {
 };
 
 /// All threads: the posts of all ranks, awaited or kept. Returns who came.
-__device__ LlRanks take_posts(const LlGroup& g, const LlCombineCall& call, LlBoard& board) {
+__device__ LlRanks take_posts(const LlGroup& g, const LlCombineCall& call, LlBoard& board,
+                              uint64_t number) {
   const LlHalfState& half = g.state->halves[call.half];
-  if (half.is_collected) {
+  if (!call.is_whole && half.is_collected) {
     for (int i = threadIdx.x; i < g.group.num_ranks * kNumLlWords; i += blockDim.x)
       board.posts[i / kNumLlWords].word[i % kNumLlWords] =
           half.posts[i / kNumLlWords].word[i % kNumLlWords];
@@ -142,7 +145,7 @@ __device__ LlRanks take_posts(const LlGroup& g, const LlCombineCall& call, LlBoa
   }
   int64_t* stats = blockIdx.x == 0 ? call.args.wait_recv_cost_stats : nullptr;
   const LlRanks from = ll_peers(g, read_word(&g.state->masked));
-  return ll_wait_posts(g, board, half.combine - 1, from, stats, [&](int peer, LlLoss, uint64_t) {
+  return ll_wait_posts(g, board, number, from, stats, [&](int peer, LlLoss) {
     atomicOr(atomic_word(&g.state->late), ll_bit(peer));
   });
 }
@@ -159,8 +162,8 @@ __device__ LlRanks learn(const LlGroup& g, const LlBoard& board, LlRanks came) {
 }
 
 /// One thread of the last block: masks, or fails for, those that some block has not seen.
-__device__ void lose_late(const LlGroup& g, const LlCombineCall& call, LlRanks late) {
-  const uint64_t expected = ll_post_flag(g.state->halves[call.half].combine - 1, 0);
+__device__ void lose_late(const LlGroup& g, uint64_t number, LlRanks late) {
+  const uint64_t expected = ll_post_flag(number, 0);
   for (int peer = 0; peer < g.group.num_ranks; ++peer) {
     if (!ll_has(late, peer)) continue;
     LlLoss loss = LlLoss::kLate;
@@ -207,10 +210,10 @@ __device__ Sums make_sums(const LlGroup& g, const LlCombineCall& call, const LlB
 
 /// All threads of the last block: loses whom some block has not seen, and leaves out whom a peer
 /// leaves out.
-__device__ void take_news(const LlGroup& g, const LlCombineCall& call, const LlBoard& board,
-                          LlRanks came, LlRanks late) {
+__device__ void take_news(const LlGroup& g, uint64_t number, const LlBoard& board, LlRanks came,
+                          LlRanks late) {
   if (threadIdx.x == 0) {
-    if (late) lose_late(g, call, late);
+    if (late) lose_late(g, number, late);
     for (int peer = 0; peer < g.group.num_ranks; ++peer)
       if (ll_has(came, peer) &&
           (board.posts[peer].word[kLlWordMasked] & ~read_word(&g.state->masked)) != 0)
@@ -221,19 +224,17 @@ __device__ void take_news(const LlGroup& g, const LlCombineCall& call, const LlB
 
 /// All threads of the last block: the outcome.
 __device__ void finish(const LlGroup& g, const Sums& sums, LlBoard& board, LlRanks came,
-                       LlRanks sources, int finding) {
+                       LlRanks sources, int finding, uint64_t number) {
   const LlCombineCall& call = sums.call;
   LlState& state = *g.state;
   LlHalfState& half = state.halves[call.half];
-  const LlRanks late =
-      read_word(&state.late);  // blocks may differ in whether they have summed these
-  const LlRanks masked = read_word(&state.masked);
-  const uint64_t number = read_word(&half.combine) - 1;
+  const LlRanks late = read_word(&state.late), masked = read_word(&state.masked);
   bool is_news = late != 0;
   for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x)
     is_news |= ll_has(came, peer) && (board.posts[peer].word[kLlWordMasked] & ~masked) != 0;
-  if (__syncthreads_or(is_news)) take_news(g, call, board, came, late);
+  if (__syncthreads_or(is_news)) take_news(g, number, board, came, late);
   const bool is_summed = finding == INT32_MAX && read_word(&state.failed) == 0;
+  // Blocks may differ in whether they have summed the late ones.
   if (is_summed) sources = look_back(g, sums, sources & ~late, late != 0);
   for (int src = threadIdx.x; src < g.group.num_ranks; src += blockDim.x)
     call.args.missing[src] = !is_summed || !ll_has(sources, src);
@@ -247,6 +248,7 @@ __device__ void finish(const LlGroup& g, const Sums& sums, LlBoard& board, LlRan
   ll_stamp(g, number, kLlStampEnd);
   half.combine = 0;
   half.is_collected = 0;
+  if (call.is_whole) state.next_number = number + 1;
   ll_reset_blocks(g);
   ll_end(g, call.record, status);
 }
@@ -256,23 +258,31 @@ __global__ void __launch_bounds__(kNumThreads, 1)
                            const __grid_constant__ LlCombineCall call) {
   extern __shared__ uint4 shared[];
   __shared__ LlBoard board;
+  __shared__ LlWords words;
+  const LlStart start = ll_start(g);
   const LlHalfState& half = g.state->halves[call.half];
+  const LlRanks peers = half.peers & ~start.masked;
+  const uint64_t number = call.is_whole ? start.number : start.combines[call.half] - 1;
+  const bool is_usable = start.failed == 0 && (call.is_whole || start.combines[call.half] != 0);
   const Sums sums = make_sums(g, call, board, shared);
+  const bool is_first = blockIdx.x == 0 && threadIdx.x == 0;
+  if (is_first) ll_stamp(g, number, call.is_whole ? kLlStampBegin : kLlStampReceiving);
+  if (call.is_whole && is_usable && blockIdx.x == 0) {
+    ll_check_idx(g, call, 0, 1);
+    __syncthreads();
+    ll_post_rows(g, call, start, board, words);
+  }
   LlRanks came = 0, sources = 0;
   int finding = INT32_MAX;
-  const bool is_first = blockIdx.x == 0 && threadIdx.x == 0;
-  const uint64_t number = half.combine - 1;
-  if (is_first) ll_stamp(g, number, kLlStampReceiving);
-  if (half.combine != 0 && read_word(&g.state->failed) == 0) {
-    const LlRanks peers = half.peers & ~read_word(&g.state->masked);
-    came = take_posts(g, call, board);
+  if (is_usable) {
+    came = take_posts(g, call, board, number);
     if (is_first) ll_stamp(g, number, kLlStampArrived);
     finding = ll_find(g, board, came);
     sources = peers & came & ~learn(g, board, came);
     if (finding == INT32_MAX) sums.run(sources);
     if (is_first) ll_stamp(g, number, kLlStampSummed);
   }
-  if (ll_is_last_block(g)) finish(g, sums, board, came, sources, finding);
+  if (ll_is_last_block(g)) finish(g, sums, board, came, sources, finding, number);
 }
 
 int64_t num_pieces(const LlSizes& sizes) {

@@ -52,8 +52,8 @@ struct LlRecord {
   char text[kMaxText];
 };
 
-/// The words of a post before its text.
-constexpr int kNumLlWords = static_cast<int>(offsetof(LlPost, text) / sizeof(uint64_t));
+/// The words of a post that GPUs use: up to the first of its set of masked ranks.
+constexpr int kNumLlWords = static_cast<int>(offsetof(LlPost, masked) / sizeof(uint64_t)) + 1;
 struct LlWords {
   uint64_t word[kNumLlWords];
 };
@@ -130,7 +130,8 @@ struct LlDispatchCall {
   LlDispatchArgs args;
   LlRecord* record;
   int32_t half;
-  int32_t held;  ///< bit h: half h holds a result
+  int32_t held;      ///< bit h: half h holds a result
+  int32_t is_whole;  ///< the receive half follows in the kernel of the send half
 };
 
 struct LlCombineCall {
@@ -139,6 +140,7 @@ struct LlCombineCall {
   LlRecord* record;
   int32_t half;
   int32_t held;
+  int32_t is_whole;
 };
 
 /// A call without rows: a barrier, or one that this rank refuses.

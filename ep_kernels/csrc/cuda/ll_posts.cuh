@@ -10,23 +10,40 @@ namespace ep::cuda {
 struct LlBoard {
   LlWords posts[kMaxRanks];
   AtomicWord came, masked;
+  int64_t waited[kMaxRanks];  ///< microseconds
   int finding;
 };
 
+/// What a kernel finds of the calls before. All loads are under way before the first is used.
+struct LlStart {
+  uint64_t number;  ///< of this call
+  LlRanks masked;
+  uint64_t numbers[2];  ///< of the halves
+  uint64_t combines[2];
+  uint32_t failed;
+};
+
+__device__ __forceinline__ LlStart ll_start(const LlGroup& g) {
+  const LlState& state = *g.state;
+  return {read_word(&state.next_number),
+          read_word(&state.masked),
+          {read_word(&state.halves[0].number), read_word(&state.halves[1].number)},
+          {read_word(&state.halves[0].combine), read_word(&state.halves[1].combine)},
+          read_word(&state.failed)};
+}
+
 /// Thread 0 fills the words of a post; the same thread may change them.
-__device__ inline void ll_begin_words(const LlGroup& g, LlWords& words, LlOp op,
-                                      const LlSizes& sizes, int held, LlRanks masked) {
+__device__ inline void ll_begin_words(const LlStart& start, LlWords& words, LlOp op,
+                                      const LlSizes& sizes, int held) {
   if (threadIdx.x != 0) return;
-  const uint64_t numbers[2] = {read_word(&g.state->halves[0].number),
-                               read_word(&g.state->halves[1].number)};
   for (uint64_t& word : words.word) word = 0;
   words.word[kLlFieldOp] = static_cast<uint64_t>(op);
   words.word[kLlFieldMaxTokens] = sizes.num_max_tokens_per_rank;
   words.word[kLlFieldHidden] = sizes.hidden;
   words.word[kLlFieldFormat] = sizes.format;
   for (int half = 0; half < 2; ++half)
-    if (held >> half & 1) words.word[kLlWordHeld + half] = numbers[half];
-  words.word[kLlWordMasked] = masked;
+    if (held >> half & 1) words.word[kLlWordHeld + half] = start.numbers[half];
+  words.word[kLlWordMasked] = start.masked;
 }
 
 /// One thread: turns the post into a refusal that says what is wrong in its fields.
@@ -36,20 +53,34 @@ __device__ inline void ll_refuse_in(LlWords& words, LlStatus kind, const int64_t
   for (int i = 0; i < 4; ++i) words.word[2 + i] = static_cast<uint64_t>(detail[i]);
 }
 
-/// All threads: writes the post, `counts` and `text` if given, to the ranks of `to`; then the
-/// flags.
-__device__ inline void ll_send_post(const LlGroup& g, uint64_t number, int attempt,
-                                    const LlWords& words, const int32_t* counts, const char* text,
-                                    LlRanks to) {
+/// All threads: writes the words that peers usually read, those with tags. Once for each call.
+/// NOTE: they have no order; a post that announces rows needs a fence of each thread before.
+__device__ inline void ll_send_tagged(const LlGroup& g, uint64_t number, const LlWords& words,
+                                      const int32_t* counts, LlRanks to) {
   const int rank = g.group.rank, num_ranks = g.group.num_ranks, num_experts = g.group.num_experts;
+  for (int i = threadIdx.x; i < num_ranks * 2 * kNumLlWords; i += blockDim.x) {
+    const int peer = i / (2 * kNumLlWords), at = i % (2 * kNumLlWords);
+    const auto value = static_cast<uint32_t>(words.word[at / 2] >> (32 * (at % 2)));
+    if (ll_has(to, peer))
+      store_relaxed(ll_tagged(g, number, peer, rank) + at, ll_tag(number, value));
+  }
+  for (int i = threadIdx.x; counts && i < num_ranks * num_experts; i += blockDim.x) {
+    const int peer = i / num_experts, expert = i % num_experts;
+    if (ll_has(to, peer))
+      store_relaxed(ll_tagged_counts(g, number, peer, rank) + expert,
+                    ll_tag(number, static_cast<uint32_t>(counts[expert])));
+  }
+}
+
+/// All threads: writes the post, and `text` if given, to the ranks of `to`; then the flags. For
+/// those who look at it when not all is as usual.
+__device__ inline void ll_send_post(const LlGroup& g, uint64_t number, int attempt,
+                                    const LlWords& words, const char* text, LlRanks to) {
+  const int rank = g.group.rank, num_ranks = g.group.num_ranks;
   for (int i = threadIdx.x; i < num_ranks * kNumLlWords; i += blockDim.x) {
     const int peer = i / kNumLlWords, word = i % kNumLlWords;
     if (ll_has(to, peer))
       reinterpret_cast<uint64_t*>(&ll_post(g, number, peer, rank))[word] = words.word[word];
-  }
-  for (int i = threadIdx.x; counts && i < num_ranks * num_experts; i += blockDim.x) {
-    const int peer = i / num_experts, expert = i % num_experts;
-    if (ll_has(to, peer)) ll_counts(g, number, peer, rank)[expert] = counts[expert];
   }
   for (int i = threadIdx.x; text && i < num_ranks * kMaxText; i += blockDim.x)
     if (ll_has(to, i / kMaxText))
@@ -72,9 +103,9 @@ __device__ inline void ll_read_posts(const LlGroup& g, LlBoard& board, uint64_t 
   __syncthreads();
 }
 
-/// All threads, one for each word of each post of `from`: waits for the post, reads the word. The
-/// thread of a post's first word is told how the wait went: ended(peer, has_come, loss, seen).
-/// Whether all posts have come that this thread has waited for.
+/// All threads, one for each word of each post of `from`: takes the word when it comes, for which
+/// wait(peer, &loss, is_there) waits. ended(peer, has_come, loss) is told of each. Whether all have
+/// come that this thread has waited for.
 template <typename Wait, typename Ended>
 __device__ bool ll_take_posts(const LlGroup& g, LlBoard& board, uint64_t number, LlRanks from,
                               Wait&& wait, Ended&& ended) {
@@ -82,41 +113,49 @@ __device__ bool ll_take_posts(const LlGroup& g, LlBoard& board, uint64_t number,
   for (int i = threadIdx.x; i < g.group.num_ranks * kNumLlWords; i += blockDim.x) {
     const int src = i / kNumLlWords, word = i % kNumLlWords;
     if (!ll_has(from, src)) continue;
-    uint64_t seen = 0;
+    const uint64_t* halves = ll_tagged(g, number, g.group.rank, src) + 2 * word;
     LlLoss loss = LlLoss::kLate;
     const bool has_come = wait(src, &loss, [&] {
-      seen = load_flag(ll_flag(g, number, g.group.rank, src));
-      return seen >= ll_post_flag(number, 0);
+      const uint64_t low = load_flag(halves), high = load_flag(halves + 1);
+      board.posts[src].word[word] = high << 32 | static_cast<uint32_t>(low);
+      return ll_has_tag(low, number) && ll_has_tag(high, number);
     });
-    const auto* post = reinterpret_cast<const AtomicWord*>(&ll_post(g, number, g.group.rank, src));
-    if (has_come) board.posts[src].word[word] = __ldcg(post + word);
-    if (word == 0) ended(src, has_come, loss, seen);
+    ended(src, has_come, loss);
     have_come &= has_come;
   }
   return have_come;
 }
 
 /// All threads: waits for the posts of `from` and reads them. Returns who came. The losses of the
-/// others are told to lost(peer, loss, seen) by one thread each.
+/// others are told to lost(peer, loss) by one thread each.
 template <typename Lost>
 __device__ LlRanks ll_wait_posts(const LlGroup& g, LlBoard& board, uint64_t number, LlRanks from,
                                  int64_t* waited_us, Lost&& lost) {
-  if (threadIdx.x == 0) board.came = 0;
+  if (threadIdx.x == 0) board.came = from;
   __syncthreads();
   const uint64_t start = now_ns();
   const auto wait = [&](int peer, LlLoss* loss, auto&& is_there) {
-    return ll_wait(g, peer, start + g.group.timeout_ns, loss, is_there);
+    const bool has_come = ll_wait(g, peer, start + g.group.timeout_ns, loss, is_there);
+    if (waited_us) board.waited[peer] = static_cast<int64_t>((now_ns() - start) / 1000);
+    return has_come;
   };
-  ll_take_posts(g, board, number, from, wait,
-                [&](int peer, bool has_come, LlLoss loss, uint64_t seen) {
-                  if (has_come)
-                    atomicOr(&board.came, ll_bit(peer));
-                  else
-                    lost(peer, loss, seen);
-                  if (waited_us) waited_us[peer] += static_cast<int64_t>((now_ns() - start) / 1000);
-                });
+  ll_take_posts(g, board, number, from, wait, [&](int peer, bool has_come, LlLoss loss) {
+    if (!has_come && ll_has(atomicAnd(&board.came, ~AtomicWord{ll_bit(peer)}), peer))
+      lost(peer, loss);
+  });
   __syncthreads();
+  for (int peer = threadIdx.x; waited_us && peer < g.group.num_ranks; peer += blockDim.x)
+    if (ll_has(from, peer)) waited_us[peer] += board.waited[peer];
   return board.came;
+}
+
+/// One thread: what the post of a peer says was wrong with it. It has come.
+__device__ inline void ll_read_text(const LlGroup& g, uint64_t number, int peer, char* text) {
+  const uint64_t deadline = now_ns() + g.group.timeout_ns;
+  while (load_flag(ll_flag(g, number, g.group.rank, peer)) < ll_post_flag(number, 0) &&
+         now_ns() < deadline) {
+  }
+  for (int i = 0; i < kMaxText; ++i) text[i] = ll_post(g, number, g.group.rank, peer).text[i];
 }
 
 // Comparison.
@@ -183,8 +222,7 @@ __device__ inline LlStatus ll_report(const LlGroup& g, const LlBoard& board, LlR
     record->rank = finding;
     for (int i = 0; i < 4; ++i) record->detail[i] = static_cast<int64_t>(words.word[2 + i]);
     if (words.word[1] != 0) return static_cast<LlStatus>(words.word[1]);
-    for (int i = 0; i < kMaxText; ++i)
-      record->text[i] = ll_post(g, number, g.group.rank, finding).text[i];
+    ll_read_text(g, number, finding, record->text);
     return LlStatus::kRefused;
   }
   if (finding < num_ranks + num_fields) {
@@ -213,10 +251,9 @@ __device__ inline void ll_collect(const LlGroup& g, LlBoard& board, int half) {
   if (state.combine == 0 || state.is_collected) return;
   const uint64_t number = state.combine - 1;
   const LlRanks from = ll_peers(g, read_word(&g.state->masked));
-  const LlRanks came =
-      ll_wait_posts(g, board, number, from, nullptr, [&](int peer, LlLoss loss, uint64_t seen) {
-        ll_lose(g, ll_timeout(g, Phase::kPost, peer, ll_post_flag(number, 0), seen), loss);
-      });
+  const LlRanks came = ll_wait_posts(g, board, number, from, nullptr, [&](int peer, LlLoss loss) {
+    ll_lose(g, ll_timeout(g, Phase::kPost, peer, ll_post_flag(number, 0), 0), loss);
+  });
   for (int i = threadIdx.x; i < g.group.num_ranks * kNumLlWords; i += blockDim.x)
     state.posts[i / kNumLlWords].word[i % kNumLlWords] =
         board.posts[i / kNumLlWords].word[i % kNumLlWords];
@@ -227,12 +264,15 @@ __device__ inline void ll_collect(const LlGroup& g, LlBoard& board, int half) {
   __syncthreads();
 }
 
-/// All threads of the block that is about to post call `number`.
-__device__ inline void ll_collect_old(const LlGroup& g, LlBoard& board, uint64_t number) {
-  const uint64_t combines[2] = {read_word(&g.state->halves[0].combine),
-                                read_word(&g.state->halves[1].combine)};
-  for (int half = 0; half < 2; ++half)
-    if (combines[half] != 0 && combines[half] + 1 <= number) ll_collect(g, board, half);
+/// All threads of the block that is about to post. Returns whom this rank leaves out after it.
+__device__ inline LlRanks ll_collect_old(const LlGroup& g, LlBoard& board, const LlStart& start) {
+  bool is_changed = false;
+  for (int half = 0; half < 2; ++half) {
+    if (start.combines[half] == 0 || start.combines[half] + 1 > start.number) continue;
+    ll_collect(g, board, half);
+    is_changed = true;
+  }
+  return is_changed ? read_word(&g.state->masked) : start.masked;
 }
 
 }  // namespace ep::cuda

@@ -41,9 +41,21 @@ __device__ __forceinline__ LlPost& ll_post(const LlGroup& g, uint64_t number, in
   const size_t slot = g.layout.slot(number, src);
   return *ll_word<LlPost>(g, owner, g.layout.posts + slot * g.layout.post_stride);
 }
-__device__ __forceinline__ int32_t* ll_counts(const LlGroup& g, uint64_t number, int owner,
-                                              int src) {
-  return reinterpret_cast<int32_t*>(&ll_post(g, number, owner, src) + 1);
+/// A post again, in words that carry the number of their call and so need no flag: the halves of
+/// its words, then the counts of the rows to each expert. Those of the first attempt.
+__device__ __forceinline__ uint64_t* ll_tagged(const LlGroup& g, uint64_t number, int owner,
+                                               int src) {
+  return reinterpret_cast<uint64_t*>(&ll_post(g, number, owner, src) + 1);
+}
+__device__ __forceinline__ uint64_t* ll_tagged_counts(const LlGroup& g, uint64_t number, int owner,
+                                                      int src) {
+  return ll_tagged(g, number, owner, src) + 2 * kNumLlWords;
+}
+__device__ __forceinline__ uint64_t ll_tag(uint64_t number, uint32_t value) {
+  return (number + 1) << 32 | value;
+}
+__device__ __forceinline__ bool ll_has_tag(uint64_t word, uint64_t number) {
+  return word >> 32 == static_cast<uint32_t>(number + 1);
 }
 /// Lines of done lie by the half that the owner receives in: nobody writes one again before the
 /// owner has posted its next dispatch for that half.

@@ -81,20 +81,28 @@ struct LlShare {
     }
   }
 
-  /// Rows for an expert of the ranks before this one, among `peers`.
-  __device__ int32_t rows_before(int expert, LlRanks peers) const {
+  /// Rows for an expert of the ranks before this one, among `peers`, whose posts have come. -1: a
+  /// count has not.
+  __device__ int32_t rows_before(int expert, LlRanks peers, uint64_t deadline) const {
     constexpr int kAtOnce = 8;  // loads under way
     const int rank = g.group.rank;
     int32_t sum = 0;
     for (int first = 0; first < rank; first += kAtOnce) {
-      int32_t counts[kAtOnce];
+      uint64_t counts[kAtOnce];
+      bool are_there = false;
+      while (!are_there) {
+        are_there = true;
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i)
-        counts[i] = first + i < rank && ll_has(peers, first + i)
-                        ? __ldcg(ll_counts(g, number, rank, first + i) + expert)
-                        : 0;
+        for (int i = 0; i < kAtOnce; ++i)
+          counts[i] = first + i < rank && ll_has(peers, first + i)
+                          ? load_relaxed(ll_tagged_counts(g, number, rank, first + i) + expert)
+                          : ll_tag(number, 0);
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) sum += counts[i];
+        for (int i = 0; i < kAtOnce; ++i) are_there &= ll_has_tag(counts[i], number);
+        if (!are_there && now_ns() > deadline) return -1;
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) sum += static_cast<int32_t>(counts[i]);
     }
     return sum;
   }
@@ -102,6 +110,7 @@ struct LlShare {
   /// All threads: turns the choices of a wave into targets among the rows of `peers`.
   __device__ void resolve(int first, LlRanks peers) const {
     const LlSizes& sizes = call.args.sizes;
+    const uint64_t deadline = now_ns() + g.group.timeout_ns;
     __syncthreads();
     const int num_choices = (wave_end(first) - first) * num_topk();
     for (int i = threadIdx.x; i < num_choices; i += blockDim.x) {
@@ -109,7 +118,13 @@ struct LlShare {
       int32_t row = -1;
       LlTarget target{};
       if (choice.rank >= 0 && ll_has(peers, choice.rank)) {
-        row = choice.row + rows_before(choice.expert, peers);
+        const int32_t before = rows_before(choice.expert, peers, deadline);
+        if (before < 0)
+          g.state->halves[call.half].error = static_cast<int32_t>(LlStatus::kTimeout);
+        else
+          row = choice.row + before;
+      }
+      if (row >= 0) {
         const LlHalfLayout half(sizes, g.group.num_ranks, g.num_local[choice.rank]);
         const auto at = static_cast<int>(board.posts[choice.rank].word[kLlWordWindow]);
         uint8_t* window = ll_window(g, choice.rank, at);
@@ -167,7 +182,7 @@ struct LlShare {
 
 template <typename Format>
 __device__ LlShare<Format> make_share(const LlGroup& g, const LlDispatchCall& call,
-                                      const LlBoard& board, void* shared) {
+                                      const LlBoard& board, uint64_t number, void* shared) {
   const LlSizes& sizes = call.args.sizes;
   const int per_token = static_cast<int>(ceil_div(sizes.hidden, int64_t{Format::kChannels}));
   const Range range = split_evenly(sizes.num_tokens * per_token, blockIdx.x, gridDim.x);

@@ -83,10 +83,10 @@ class LowLatency {
   void check_usable();
   Call& open_call(LlOp op, cudaStream_t stream);
   void order(cudaStream_t stream);
-  void enqueue_receive(Call& call, cudaStream_t stream);
+  void enqueue_receive(Call& call, bool is_whole, cudaStream_t stream);
   void finish(Call& call, Receive receive, cudaStream_t stream);
-  LlDispatchCall dispatch_call(const Call& call) const;
-  LlCombineCall combine_call(const Call& call) const;
+  LlDispatchCall dispatch_call(const Call& call, bool is_whole) const;
+  LlCombineCall combine_call(const Call& call, bool is_whole) const;
   void launch_plain(const Call& call, const std::string& text, cudaStream_t stream);
   template <typename Check>
   void refusing(cudaStream_t stream, Check&& check);
