@@ -98,22 +98,19 @@ __device__ inline LlRanks ll_wait_views(const LlGroup& g, LlBoard& board,
   __syncthreads();
   for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x) {
     if (!ll_has(ll_peers(g, view), peer)) continue;
-    const auto* post = reinterpret_cast<const uint64_t*>(&ll_post(g, number, g.group.rank, peer));
-    uint64_t seen = 0;
     LlLoss loss;
     const bool has_come = ll_wait(g, peer, deadline, &loss, [&] {
       const bool is_final = ll_has_done(g, call.half, number, peer);
-      seen = load_flag(ll_flag(g, number, g.group.rank, peer));
-      if (seen < ll_post_flag(number, 0)) return false;
-      const LlRanks theirs = load_flag(post + kLlWordMasked);
-      const bool is_dispatch =
-          load_flag(post + kLlFieldOp) == static_cast<uint64_t>(LlOp::kDispatch);
-      return theirs == view || (theirs & ~view) != 0 || !is_dispatch || is_final;
+      uint64_t theirs = 0, op = 0;
+      const bool is_there = ll_read_post_word(g, number, peer, kLlWordMasked, &theirs) &&
+                            ll_read_post_word(g, number, peer, kLlFieldOp, &op);
+      return is_there && (theirs == view || (theirs & ~view) != 0 || is_final ||
+                          op != static_cast<uint64_t>(LlOp::kDispatch));
     });
     if (has_come)
       atomicOr(&board.came, ll_bit(peer));
     else
-      ll_lose(g, ll_timeout(g, Phase::kPost, peer, ll_post_flag(number, 0), seen), loss);
+      ll_lose(g, ll_timeout(g, Phase::kPost, peer, ll_post_flag(number, 0), 0), loss);
   }
   __syncthreads();
   return board.came;
@@ -141,7 +138,7 @@ __device__ inline LlSettled ll_agree(const LlGroup& g, LlBoard& board, const LlD
     __syncthreads();
     if (masked == view) break;
     view = masked;
-    ll_send_post(g, number, attempt, words, nullptr, ll_peers(g, view));
+    ll_post_again(g, number, attempt, words, nullptr, ll_peers(g, view));
     // A new one: peers may have waited as long as this rank before they post again.
     deadline = now_ns() + g.group.timeout_ns;
   }

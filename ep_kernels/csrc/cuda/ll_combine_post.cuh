@@ -37,9 +37,10 @@ __device__ inline void ll_post_rows(const LlGroup& g, const LlCombineCall& call,
                    {i / num_topk, i % num_topk, call.args.topk_idx[i], call.args.experts[i]});
   }
   __syncthreads();
-  __threadfence_system();  // rows, then the words that announce them
-  ll_send_tagged(g, start.number, words, nullptr, ll_peers(g, view));
-  ll_send_post(g, start.number, 0, words, nullptr, ll_peers(g, view));
+  if (threadIdx.x < 32) {
+    __threadfence_system();  // rows, then the words that announce them
+    ll_send_post(g, start.number, words, ll_peers(g, view), threadIdx.x, 32);
+  }
   if (threadIdx.x == 0) ll_stamp(g, start.number, kLlStampSaid);
 }
 

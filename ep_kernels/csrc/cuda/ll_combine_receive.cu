@@ -28,10 +28,12 @@ constexpr int kMaxSlots = 2048;  ///< choices that a block lists at once
 constexpr int kRowsAtOnce = 8;
 constexpr int kChannels = 8 * kLlWarpSize;  ///< of a piece
 
-/// A row of a token, and its weight; null: none.
+/// A row of a token, and its weight; null: none. First where it is in half 0 of `rank`, which is
+/// known before the posts come; -1: nowhere else.
 struct Source {
   const uint8_t* row;
   float weight;
+  int rank;
 };
 
 /// One block's share of the sums. Pieces are numbered token by token.
@@ -43,29 +45,47 @@ struct Sums {
   int begin, end;        ///< pieces
   int pieces_per_token, tokens_per_wave;
 
-  __device__ const uint8_t* row_at(int src, int64_t local, int64_t row) const {
-    const LlHalfLayout half(call.sizes, g.group.num_ranks, g.num_local[src]);
-    if (src == g.group.rank && !ll_is_compressed(call))  // own rows were not staged
-      return reinterpret_cast<const uint8_t*>(call.args.x + (local * half.rows_per_expert + row) *
-                                                                call.sizes.hidden);
-    const auto at = static_cast<int>(board.posts[src].word[kLlWordWindow]);
-    return ll_window(g, src, at) + half.combine_row(local, row);
+  /// A row at its owner, in half 0 of it unless it is in the caller's tensor.
+  __device__ Source find(int rank, int64_t local, int64_t row, float weight) const {
+    const LlHalfLayout half(call.sizes, g.group.num_ranks, g.num_local[rank]);
+    if (rank == g.group.rank && !ll_is_compressed(call))  // own rows were not staged
+      return {reinterpret_cast<const uint8_t*>(call.args.x + (local * half.rows_per_expert + row) *
+                                                                 call.sizes.hidden),
+              weight, -1};
+    return {ll_window(g, rank, 0) + half.combine_row(local, row), weight, rank};
+  }
+
+  __device__ int first_token() const { return begin / pieces_per_token; }
+  __device__ int wave_end(int first) const {
+    return min(first + tokens_per_wave, ceil_div(end, pieces_per_token));
   }
 
   /// All threads: lists the rows of the tokens of a wave.
-  __device__ void fill(int first, int last, LlRanks sources) const {
-    __syncthreads();
+  __device__ void fill(int first) const {
     const int num_topk = call.sizes.num_topk;
-    for (int i = threadIdx.x; i < (last - first) * num_topk; i += blockDim.x) {
+    for (int i = threadIdx.x; i < (wave_end(first) - first) * num_topk; i += blockDim.x) {
       const int choice = first * num_topk + i;
       const int32_t row = call.args.rows[choice], expert = call.args.experts[choice];
       const float weight = call.args.topk_weights[choice];
-      Source source{nullptr, weight};
-      if (row >= 0) {
-        const int src = g.group.placement.rank_of[expert];
-        if (ll_has(sources, src)) source.row = row_at(src, g.group.placement.local_of[expert], row);
+      list[i] = {nullptr, weight, -1};
+      const bool is_sent = row >= 0 && expert >= 0 && expert < g.group.num_experts;
+      if (is_sent)  // after a dispatch that failed these words may be anything
+        list[i] = find(g.group.placement.rank_of[expert], g.group.placement.local_of[expert], row,
+                       weight);
+    }
+  }
+
+  /// All threads, the same as in fill(): the rows are those of `sources`, in the halves that their
+  /// posts name.
+  __device__ void resolve(int first, LlRanks sources) const {
+    for (int i = threadIdx.x; i < (wave_end(first) - first) * call.sizes.num_topk;
+         i += blockDim.x) {
+      const int rank = list[i].rank;
+      if (!ll_has(sources, rank < 0 ? g.group.rank : rank)) {
+        list[i].row = nullptr;
+      } else if (rank >= 0 && list[i].row) {
+        list[i].row += board.posts[rank].word[kLlWordWindow] * g.half_bytes;
       }
-      list[i] = source;
     }
     __syncthreads();
   }
@@ -105,29 +125,31 @@ struct Sums {
     }
   }
 
-  /// All threads: the sums of this share, from the rows of `sources`.
+  /// All threads: the sums of this share, from the rows of `sources`. The first wave is listed.
   __device__ void run(LlRanks sources) const {
+    for (int first = first_token(); first * pieces_per_token < end; first = wave_end(first)) {
+      if (first != first_token()) fill(first);
+      resolve(first, sources);
+      sum_wave(first);
+      __syncthreads();
+    }
+  }
+  __device__ void sum_wave(int first) const {
     const int warp = threadIdx.x / kLlWarpSize, lane = threadIdx.x % kLlWarpSize;
     const int64_t hidden = call.sizes.hidden;
-    const auto num_tokens = static_cast<int>(call.sizes.num_tokens);
-    for (int first = begin / pieces_per_token; first * pieces_per_token < end;
-         first += tokens_per_wave) {
-      const int last = min(first + tokens_per_wave, num_tokens);
-      fill(first, last, sources);
-      for (int piece = max(begin, first * pieces_per_token) + warp;
-           piece < min(end, last * pieces_per_token); piece += kNumWarps) {
-        const int token = piece / pieces_per_token;
-        const int64_t channel = piece % pieces_per_token * kChannels + 8 * lane;
-        if (channel >= hidden) continue;
-        const Source* rows = list + (token - first) * call.sizes.num_topk;
-        float sum[8] = {};
-        if (ll_is_compressed(call))
-          add_compressed(rows, channel, sum);
-        else
-          add(rows, channel, sum);
-        store_once(reinterpret_cast<uint4*>(call.args.out + int64_t{token} * hidden + channel),
-                   BF16::store(sum));
-      }
+    for (int piece = max(begin, first * pieces_per_token) + warp;
+         piece < min(end, wave_end(first) * pieces_per_token); piece += kNumWarps) {
+      const int token = piece / pieces_per_token;
+      const int64_t channel = piece % pieces_per_token * kChannels + 8 * lane;
+      if (channel >= hidden) continue;
+      const Source* rows = list + (token - first) * call.sizes.num_topk;
+      float sum[8] = {};
+      if (ll_is_compressed(call))
+        add_compressed(rows, channel, sum);
+      else
+        add(rows, channel, sum);
+      store_once(reinterpret_cast<uint4*>(call.args.out + int64_t{token} * hidden + channel),
+                 BF16::store(sum));
     }
   }
 };
@@ -189,8 +211,9 @@ __device__ LlRanks look_back(const LlGroup& g, Sums sums, LlRanks used, bool is_
     if (!have_some_left && sources == used && !is_uneven) return used;
     used = sources;
     is_uneven = false;
-    sums.run(used);
     __syncthreads();
+    sums.fill(0);
+    sums.run(used);
   }
 }
 
@@ -267,10 +290,12 @@ __global__ void __launch_bounds__(kNumThreads, 1)
   const Sums sums = make_sums(g, call, board, shared);
   const bool is_first = blockIdx.x == 0 && threadIdx.x == 0;
   if (is_first) ll_stamp(g, number, call.is_whole ? kLlStampBegin : kLlStampReceiving);
+  if (!call.is_whole || blockIdx.x != 0) sums.fill(sums.first_token());
   if (call.is_whole && is_usable && blockIdx.x == 0) {
     ll_check_idx(g, call, 0, 1);
     __syncthreads();
     ll_post_rows(g, call, start, board, words);
+    sums.fill(sums.first_token());
   }
   LlRanks came = 0, sources = 0;
   int finding = INT32_MAX;

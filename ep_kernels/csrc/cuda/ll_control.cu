@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(kNumThreads)
   ll_begin_words(start, words, static_cast<LlOp>(call.op), LlSizes{}, call.held);
   if (threadIdx.x == 0) words.word[kLlWordMasked] = view;
   __syncthreads();
-  ll_send_tagged(g, number, words, nullptr, ll_peers(g, view));
-  ll_send_post(g, number, 0, words, is_refused ? call.text : nullptr, ll_peers(g, view));
+  ll_send_post(g, number, words, ll_peers(g, view), threadIdx.x, blockDim.x);
+  if (is_refused) ll_post_again(g, number, 0, words, call.text, ll_peers(g, view));
   const LlRanks came =
       ll_wait_posts(g, board, number, ll_peers(g, view), nullptr, [&](int peer, LlLoss loss) {
         ll_lose(g, ll_timeout(g, Phase::kPost, peer, ll_post_flag(number, 0), 0), loss);

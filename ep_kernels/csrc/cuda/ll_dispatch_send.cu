@@ -2,7 +2,7 @@
 // steps of dispatch in cpu/low_latency.cpp.
 //
 //   block 0       count the choices, check them, post the counts           post_counts
-//   every block   its share of the pieces of rows: rows before it          LlShare::count
+//   the others    its share of the pieces of rows: rows before it          LlShare::count
 //                 place its tokens relative to this rank's first rows      LlShare::place
 //                 load and cast the first pieces, while the posts come
 //                 wait for the posts, agree                                ll_settle
@@ -79,7 +79,9 @@ __device__ void post_counts(const LlShare<Format>& share, const LlStart& start, 
     share.g.state->halves[call.half].error = 0;
   }
   check_and_count(share, board, words);
-  ll_send_tagged(share.g, share.number, words, share.next, ll_peers(share.g, start.masked));
+  const LlRanks to = ll_peers(share.g, start.masked);
+  ll_send_post(share.g, share.number, words, to, threadIdx.x, blockDim.x);
+  ll_send_counts(share.g, share.number, share.next, to);
 }
 
 /// Threads of `num_parts` blocks: keeps who sent how much to each expert of this rank. The posts of
@@ -194,8 +196,6 @@ __global__ void __launch_bounds__(kLlSendThreads, 1)
       const int piece = share.first_piece(first) + i * kLlSendWarps;
       if (piece < share.end_piece(first)) held[i] = share.load(piece);
     }
-    if (blockIdx.x == 0)
-      ll_send_post(g, share.number, 0, words, nullptr, ll_peers(g, start.masked));
     if (is_first) ll_stamp(g, share.number, kLlStampPlaced);
     settled = ll_settle(g, board, call, share.number, words, start.masked);
     if (is_first) ll_stamp(g, share.number, kLlStampAgreed);
@@ -213,7 +213,10 @@ __global__ void __launch_bounds__(kLlSendThreads, 1)
         share.send_wave(first, kHeldPieces);
         share.send_from(share.wave_end(first), peers);
       }
-      keep_counts(g, call.half, share.number, peers, blockIdx.x, gridDim.x);
+      if (ll_has_leader() && blockIdx.x == 0)
+        keep_counts(g, call.half, share.number, peers, 0, 1);
+      else if (!ll_has_leader())
+        keep_counts(g, call.half, share.number, peers, blockIdx.x, gridDim.x);
     }
   }
   if (is_first) ll_stamp(g, share.number, kLlStampSent);

@@ -53,29 +53,34 @@ __device__ inline void ll_refuse_in(LlWords& words, LlStatus kind, const int64_t
   for (int i = 0; i < 4; ++i) words.word[2 + i] = static_cast<uint64_t>(detail[i]);
 }
 
-/// All threads: writes the words that peers usually read, those with tags. Once for each call.
+/// Threads of one block or warp, `part` of `num_parts`: writes the post in words with tags.
 /// NOTE: they have no order; a post that announces rows needs a fence of each thread before.
-__device__ inline void ll_send_tagged(const LlGroup& g, uint64_t number, const LlWords& words,
-                                      const int32_t* counts, LlRanks to) {
-  const int rank = g.group.rank, num_ranks = g.group.num_ranks, num_experts = g.group.num_experts;
-  for (int i = threadIdx.x; i < num_ranks * 2 * kNumLlWords; i += blockDim.x) {
+__device__ inline void ll_send_post(const LlGroup& g, uint64_t number, const LlWords& words,
+                                    LlRanks to, int part, int num_parts) {
+  const int rank = g.group.rank;
+  for (int i = part; i < g.group.num_ranks * 2 * kNumLlWords; i += num_parts) {
     const int peer = i / (2 * kNumLlWords), at = i % (2 * kNumLlWords);
     const auto value = static_cast<uint32_t>(words.word[at / 2] >> (32 * (at % 2)));
     if (ll_has(to, peer))
       store_relaxed(ll_tagged(g, number, peer, rank) + at, ll_tag(number, value));
   }
-  for (int i = threadIdx.x; counts && i < num_ranks * num_experts; i += blockDim.x) {
+}
+
+/// All threads: writes the counts that go with a post.
+__device__ inline void ll_send_counts(const LlGroup& g, uint64_t number, const int32_t* counts,
+                                      LlRanks to) {
+  const int num_ranks = g.group.num_ranks, num_experts = g.group.num_experts;
+  for (int i = threadIdx.x; i < num_ranks * num_experts; i += blockDim.x) {
     const int peer = i / num_experts, expert = i % num_experts;
     if (ll_has(to, peer))
-      store_relaxed(ll_tagged_counts(g, number, peer, rank) + expert,
+      store_relaxed(ll_tagged_counts(g, number, peer, g.group.rank) + expert,
                     ll_tag(number, static_cast<uint32_t>(counts[expert])));
   }
 }
 
-/// All threads: writes the post, and `text` if given, to the ranks of `to`; then the flags. For
-/// those who look at it when not all is as usual.
-__device__ inline void ll_send_post(const LlGroup& g, uint64_t number, int attempt,
-                                    const LlWords& words, const char* text, LlRanks to) {
+/// All threads: writes a post with a flag to the ranks of `to`: a later attempt, or one with text.
+__device__ inline void ll_post_again(const LlGroup& g, uint64_t number, int attempt,
+                                     const LlWords& words, const char* text, LlRanks to) {
   const int rank = g.group.rank, num_ranks = g.group.num_ranks;
   for (int i = threadIdx.x; i < num_ranks * kNumLlWords; i += blockDim.x) {
     const int peer = i / kNumLlWords, word = i % kNumLlWords;
@@ -90,15 +95,32 @@ __device__ inline void ll_send_post(const LlGroup& g, uint64_t number, int attem
     if (ll_has(to, peer)) store_flag(ll_flag(g, number, peer, rank), ll_post_flag(number, attempt));
 }
 
+/// Whether a peer has posted again, so that only the words behind the flag count.
+__device__ __forceinline__ bool ll_has_posted_again(const LlGroup& g, uint64_t number, int peer) {
+  return load_flag(ll_flag(g, number, g.group.rank, peer)) >= ll_post_flag(number, 0);
+}
+
+/// A word of a peer's post. False if it has not come.
+__device__ __forceinline__ bool ll_read_post_word(const LlGroup& g, uint64_t number, int peer,
+                                                  int word, uint64_t* value) {
+  if (ll_has_posted_again(g, number, peer)) {
+    const auto* post = reinterpret_cast<const uint64_t*>(&ll_post(g, number, g.group.rank, peer));
+    *value = load_flag(post + word);
+    return true;
+  }
+  const uint64_t* halves = ll_tagged(g, number, g.group.rank, peer) + 2 * word;
+  const uint64_t low = load_flag(halves), high = load_flag(halves + 1);
+  *value = high << 32 | static_cast<uint32_t>(low);
+  return ll_has_tag(low, number) && ll_has_tag(high, number);
+}
+
 /// All threads: reads the posts of `from`, which have come.
 __device__ inline void ll_read_posts(const LlGroup& g, LlBoard& board, uint64_t number,
                                      LlRanks from) {
   __syncthreads();
   for (int i = threadIdx.x; i < g.group.num_ranks * kNumLlWords; i += blockDim.x) {
     const int src = i / kNumLlWords, word = i % kNumLlWords;
-    if (ll_has(from, src))
-      board.posts[src].word[word] = __ldcg(
-          reinterpret_cast<const AtomicWord*>(&ll_post(g, number, g.group.rank, src)) + word);
+    if (ll_has(from, src)) ll_read_post_word(g, number, src, word, &board.posts[src].word[word]);
   }
   __syncthreads();
 }

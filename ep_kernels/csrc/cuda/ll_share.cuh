@@ -180,12 +180,22 @@ struct LlShare {
   }
 };
 
+/// Whether block 0 has no rows to send: it would come too late to both of its tasks.
+__device__ __forceinline__ bool ll_has_leader() {
+  constexpr unsigned kMinBlocks = 8;
+  return gridDim.x >= kMinBlocks;
+}
+
 template <typename Format>
 __device__ LlShare<Format> make_share(const LlGroup& g, const LlDispatchCall& call,
                                       const LlBoard& board, uint64_t number, void* shared) {
   const LlSizes& sizes = call.args.sizes;
   const int per_token = static_cast<int>(ceil_div(sizes.hidden, int64_t{Format::kChannels}));
-  const Range range = split_evenly(sizes.num_tokens * per_token, blockIdx.x, gridDim.x);
+  const int num_leaders = ll_has_leader() ? 1 : 0,
+            part = static_cast<int>(blockIdx.x) - num_leaders;
+  const int64_t num_pieces = sizes.num_tokens * per_token;
+  const Range range =
+      part < 0 ? Range{0, 0} : split_evenly(num_pieces, part, gridDim.x - num_leaders);
   auto* next = static_cast<int32_t*>(shared);
   auto* slots = reinterpret_cast<LlSlot*>(next + align_up(g.group.num_experts, 4));
   const int wave = max(1, kLlMaxSlots / sizes.num_topk);
