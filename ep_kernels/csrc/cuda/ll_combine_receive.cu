@@ -194,21 +194,18 @@ __device__ void lose_late(const LlGroup& g, uint64_t number, LlRanks late) {
   }
 }
 
-/// All threads of the last block: who has been summed in the end, after `used` by all blocks.
+/// All threads of the last block, when not all is as usual: who has been summed in the end, after
+/// `used` by all blocks.
 __device__ LlRanks look_back(const LlGroup& g, Sums sums, LlRanks used, bool is_uneven) {
   sums.begin = 0;
   sums.end = static_cast<int>(sums.call.sizes.num_tokens) * sums.pieces_per_token;
   while (true) {
     // An owner that has masked us may have overwritten rows while we read them.
-    bool has_left = false;
-    for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x) {
-      if (!ll_has(used, peer) || peer == g.group.rank || !ll_has_left(g, peer)) continue;
-      ll_mask(g, peer);
-      has_left = true;
-    }
-    const bool have_some_left = __syncthreads_or(has_left) != 0;
+    for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x)
+      if (ll_has(used, peer) && peer != g.group.rank && ll_has_left(g, peer)) ll_mask(g, peer);
+    __syncthreads();
     const LlRanks sources = used & ~read_word(&g.state->masked);
-    if (!have_some_left && sources == used && !is_uneven) return used;
+    if (sources == used && !is_uneven) return used;
     used = sources;
     is_uneven = false;
     __syncthreads();
@@ -252,13 +249,19 @@ __device__ void finish(const LlGroup& g, const Sums& sums, LlBoard& board, LlRan
   LlState& state = *g.state;
   LlHalfState& half = state.halves[call.half];
   const LlRanks late = read_word(&state.late), masked = read_word(&state.masked);
-  bool is_news = late != 0;
-  for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x)
-    is_news |= ll_has(came, peer) && (board.posts[peer].word[kLlWordMasked] & ~masked) != 0;
-  if (__syncthreads_or(is_news)) take_news(g, number, board, came, late);
-  const bool is_summed = finding == INT32_MAX && read_word(&state.failed) == 0;
-  // Blocks may differ in whether they have summed the late ones.
-  if (is_summed) sources = look_back(g, sums, sources & ~late, late != 0);
+  bool is_news = late != 0 || read_word(&state.failed) != 0;
+  for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x) {
+    if (!ll_has(came, peer)) continue;
+    is_news |= (board.posts[peer].word[kLlWordMasked] & ~masked) != 0;
+    is_news |= peer != g.group.rank && ll_has_left(g, peer);
+  }
+  bool is_summed = finding == INT32_MAX;
+  if (__syncthreads_or(is_news || (sources & masked) != 0)) {
+    take_news(g, number, board, came, late);
+    is_summed &= read_word(&state.failed) == 0;
+    // Blocks may differ in whether they have summed the late ones.
+    if (is_summed) sources = look_back(g, sums, sources & ~late, late != 0);
+  }
   for (int src = threadIdx.x; src < g.group.num_ranks; src += blockDim.x)
     call.args.missing[src] = !is_summed || !ll_has(sources, src);
   __syncthreads();
@@ -307,7 +310,8 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     if (finding == INT32_MAX) sums.run(sources);
     if (is_first) ll_stamp(g, number, kLlStampSummed);
   }
-  if (ll_is_last_block(g)) finish(g, sums, board, came, sources, finding, number);
+  if (ll_is_last_block<LlReaders::kThisDevice>(g))
+    finish(g, sums, board, came, sources, finding, number);
 }
 
 int64_t num_pieces(const LlSizes& sizes) {

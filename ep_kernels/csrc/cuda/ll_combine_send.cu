@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     ll_check_idx(g, call, blockIdx.x, gridDim.x);
     if (!call.args.is_zero_copy && !g.state->halves[call.half].error) stage(g, call, shared);
   }
-  if (!ll_is_last_block(g)) return;
+  if (!ll_is_last_block<LlReaders::kPeers>(g)) return;
   LlHalfState& half = g.state->halves[call.half];
   if (start.failed == 0) ll_post_rows(g, call, start, board, words);
   __syncthreads();

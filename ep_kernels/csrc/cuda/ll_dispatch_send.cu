@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kLlSendThreads, 1)
     }
   }
   if (is_first) ll_stamp(g, share.number, kLlStampSent);
-  if (!ll_is_last_block(g)) return;
+  if (!ll_is_last_block<LlReaders::kPeers>(g)) return;
   close(share, settled);
   if (!call.is_whole) return;
   __syncthreads();

@@ -163,14 +163,21 @@ __device__ inline void ll_end(const LlGroup& g, LlRecord* record, LlStatus statu
   *static_cast<volatile int32_t*>(&record->status) = static_cast<int32_t>(status);
 }
 
+/// Who reads what the blocks of a kernel have written.
+enum class LlReaders { kThisDevice, kPeers };
+
 /// All threads, once, at the end of every block of a kernel: whether this block is the last one. It
 /// sees, and its flags announce, what all blocks have written.
-__device__ inline bool ll_is_last_block(const LlGroup& g) {
+template <LlReaders kReaders>
+__device__ bool ll_is_last_block(const LlGroup& g) {
   __shared__ bool is_last;
   __syncthreads();
   if (gridDim.x == 1) return true;
   if (threadIdx.x == 0) {
-    __threadfence_system();
+    if constexpr (kReaders == LlReaders::kPeers)
+      __threadfence_system();
+    else
+      __threadfence();
     is_last = atomicAdd(&g.state->num_finished, 1u) == gridDim.x - 1;
     __threadfence();
   }

@@ -47,7 +47,8 @@ struct LlSendBF16 {
   static __device__ __forceinline__ void store(const LlDispatchArgs& args, const LlPiece& piece,
                                                const LlTarget& to, int number, int64_t, int lane) {
     const int64_t channel = int64_t{number} * kChannels + 8 * lane;
-    if (channel < args.sizes.hidden) *reinterpret_cast<uint4*>(to.row + 2 * channel) = piece.data;
+    if (channel < args.sizes.hidden)
+      store_once(reinterpret_cast<uint4*>(to.row + 2 * channel), piece.data);
   }
 };
 
@@ -113,18 +114,21 @@ struct LlSendFP8 {
                                                const LlTarget& to, int number, int64_t stride,
                                                int lane) {
     const int64_t channel = int64_t{number} * kChannels + 16 * lane;
-    if (channel < args.sizes.hidden) *reinterpret_cast<uint4*>(to.row + channel) = piece.data;
+    if (channel < args.sizes.hidden)
+      store_once(reinterpret_cast<uint4*>(to.row + channel), piece.data);
     constexpr int kGroups = kLlWarpSize / kLanesOfGroup;
     if constexpr (kFormat == LlFormat::kFP8UE8M0) {
       uint32_t packed = 0;
 #pragma unroll
       for (int i = 0; i < kGroups; ++i)
         packed |= uint32_t{ue8m0(__shfl_sync(kLlLanes, piece.scale, i * kLanesOfGroup))} << (8 * i);
-      if (lane == 0) *reinterpret_cast<uint32_t*>(to.scales + number * stride * 4) = packed;
+      if (lane == 0)
+        store_kept(reinterpret_cast<uint32_t*>(to.scales + number * stride * 4), packed);
     } else {
       const int group = number * kGroups + lane / kLanesOfGroup;
       if (lane % kLanesOfGroup == 0 && group < args.sizes.hidden / kScaleGroup)
-        *reinterpret_cast<float*>(to.scales + group * stride * 4) = piece.scale;
+        store_kept(reinterpret_cast<uint32_t*>(to.scales + group * stride * 4),
+                   __float_as_uint(piece.scale));
     }
   }
 };
