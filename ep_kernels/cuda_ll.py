@@ -144,9 +144,7 @@ class CudaLowLatency:
         rows. 0: never. Waits on the host.
         """
         out = torch.zeros((NUM_STAMPED, len(LL_STAMPS)), dtype=torch.int64)
-        _native.call(
-            self._library.ep_cuda_ll_stamps, self._core(), out.data_ptr(), self._stream()
-        )
+        _native.call(self._library.ep_cuda_ll_stamps, self._core(), out.data_ptr(), self._stream())
         return out
 
     # Calls under way
