@@ -61,7 +61,6 @@ class CallOrder(Structure):
 
 class ReceivedRows(Structure):
     _fields_ = [
-        ("row_bytes", c_int64),
         ("block", c_void_p),
         ("address", c_void_p),
         ("offset", c_int64),

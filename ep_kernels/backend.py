@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -81,11 +82,12 @@ class Backend(Protocol):
         args: DispatchArgs,
         memory: RoutingMemory,
         *,
-        formats: ReceiveFormat,
+        formats: Callable[[], ReceiveFormat],
         keep: Any,
         options: CallOptions,
     ) -> FreshDispatch:
-        """A dispatch whose memory is taken when the counts are known; fills the routing.
+        """A dispatch whose memory is taken when the counts are known; fills the routing. `formats`
+        is asked as late as possible: peers wait for what comes before.
 
         Raises EPDeviceError, on all ranks, if one of them has no memory for its rows.
         """

@@ -6,6 +6,7 @@ Symbols as in buffer.py.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -116,10 +117,10 @@ class HighThroughput:
                 routing=Routing(topk_idx=address(inputs.topk_idx), **handle.memory.addresses()),
                 sizes=self._sizes(rows, handle, inputs.weights, options.num_sms),
             )
-            formats = _formats(inputs, handle)
+            formats = functools.partial(_formats, inputs, handle)
             received = None
             if handle.num_rows >= 0:
-                received = reserve_rows(self._backend.reserve, formats, handle.num_rows)
+                received = reserve_rows(self._backend.reserve, formats(), handle.num_rows)
                 point_to(args, received)
         keep = (inputs, handle, received)
         if received is None:

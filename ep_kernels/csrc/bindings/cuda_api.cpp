@@ -16,7 +16,7 @@ struct EpCudaBlock {
   int64_t offset;
 };
 
-static_assert(sizeof(EpReceive) == 4 * 4 * sizeof(int64_t));
+static_assert(sizeof(EpReceive) == 4 * 3 * sizeof(int64_t));
 
 namespace {
 
@@ -117,9 +117,7 @@ int32_t ep_cuda_dispatch_fresh(EpCudaBuffer* buffer, const ep::HtDispatchArgs* a
     ep::cuda::Received received;
     ep::cuda::Block* const blocks[] = {&received.x, &received.scales, &received.topk_idx,
                                        &received.topk_weights};
-    *call = buffer->impl.dispatch_fresh(
-        *args, {rows[0]->row_bytes, rows[1]->row_bytes, rows[2]->row_bytes, rows[3]->row_bytes},
-        as_order(order), &received);
+    *call = buffer->impl.dispatch_fresh(*args, as_order(order), &received);
     for (int i = 0; i < 4; ++i) hand_out(buffer, *blocks[i], rows[i]);
     const ep::cuda::CallRecord& found = buffer->impl.record(*call);
     const int num_local = buffer->impl.num_local_experts();

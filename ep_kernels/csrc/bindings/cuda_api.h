@@ -28,10 +28,9 @@ struct EpCallOrder {
 
 /// Memory for one of the results of a dispatch.
 struct EpReceivedRows {
-  int64_t row_bytes;   // in: of a row; -1: there is no such result
-  EpCudaBlock* block;  // out: to be freed by the caller; null if there is none or it is empty
-  void* address;       // out
-  int64_t offset;      // out: in the pool
+  EpCudaBlock* block;  // to be freed by the caller; null if there is none or it is empty
+  void* address;
+  int64_t offset;  // in the pool
 };
 
 struct EpReceive {

@@ -47,8 +47,7 @@ void Buffer::launch_routing(int64_t call, const HtDispatchArgs& args, const Post
   launch_plan(group_, args, scratch_, stream_of_call_);
 }
 
-int64_t Buffer::dispatch_fresh(HtDispatchArgs args, const RowBytes& row_bytes,
-                               const CallOrder& order, Received* received) {
+int64_t Buffer::dispatch_fresh(HtDispatchArgs args, const CallOrder& order, Received* received) {
   check_usable();
   validate(args);
   DeviceGuard guard(config_.device);
@@ -62,7 +61,7 @@ int64_t Buffer::dispatch_fresh(HtDispatchArgs args, const RowBytes& row_bytes,
   }
   std::string problem;
   try {
-    received->allocate(pool_, row_bytes, record_of(call)->recv_sizes[0]);
+    received->allocate(pool_, args.sizes, record_of(call)->recv_sizes[0]);
   } catch (const DeviceError& error) {  // every rank has to learn of it
     problem = error.what();
   }

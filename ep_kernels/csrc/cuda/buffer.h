@@ -36,6 +36,7 @@ class DeviceGuard {
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
+  int device_;
   int previous_ = 0;
 };
 
@@ -57,17 +58,12 @@ struct Block {
   int64_t offset = -1;
 };
 
-/// Of each result of a dispatch; -1 where there is none.
-struct RowBytes {
-  int64_t x, scales, topk_idx, topk_weights;
-};
-
 /// Memory for the results of a dispatch.
 struct Received {
   Block x, scales, topk_idx, topk_weights;
 
-  /// Throws DeviceError if the pool is full.
-  void allocate(const std::shared_ptr<Pool>& pool, const RowBytes& row_bytes, int64_t num_rows);
+  /// Takes what a dispatch of these sizes fills. Throws DeviceError if the pool is full.
+  void allocate(const std::shared_ptr<Pool>& pool, const HtSizes& sizes, int64_t num_rows);
 };
 
 /// The capture that a stream takes part in, or 0.
@@ -125,8 +121,7 @@ class Buffer {
   // Calls. Each returns its number.
 
   /// A dispatch whose memory is not known yet: blocks the host until the sizes are, and takes it.
-  int64_t dispatch_fresh(HtDispatchArgs args, const RowBytes& row_bytes, const CallOrder& order,
-                         Received* received);
+  int64_t dispatch_fresh(HtDispatchArgs args, const CallOrder& order, Received* received);
   /// What the host learns from dispatch_fresh(); valid until kNumRecords calls later.
   const CallRecord& record(int64_t call) const { return *record_of(call); }
   /// A whole dispatch whose memory is known: with a capacity or a cached handle.

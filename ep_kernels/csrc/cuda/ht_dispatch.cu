@@ -2,10 +2,9 @@
 //
 //   send   each warp   a piece of a token's row -> shared memory            load
 //                      shared memory -> every destination of the token      store
-//                      scales, choices, weights beside the first piece      send_side_data
+//                      the same with scales, beside the first piece
+//                      choices, weights beside the first piece              send_side_data
 //   pad    each block  zero the padding of this rank's own groups           pad_results
-
-#include <algorithm>
 
 #include "core/math.h"
 #include "core/types.h"
@@ -26,12 +25,18 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kNumStages = 2;
 constexpr int kMaxWarps = 16;
 constexpr int kMaxPieceBytes = 4 << 10;
-constexpr int kSharedBytes = 208 << 10;  // leaves room for the barriers
+constexpr int kMaxScaleBytes = 512;  // that have room beside a piece
+constexpr int kMaxSharedBytes = kMaxWarps * kNumStages * (kMaxPieceBytes + kMaxScaleBytes);
 
 /// How rows are cut into pieces that fit a stage of shared memory.
 struct Pieces {
   int num_per_row;
-  int num_bytes;  // of a full piece
+  int num_bytes;    // of a full piece
+  int scale_bytes;  // that travel through the stage of a first piece; 0: through registers, if any
+
+  EP_HOST_DEVICE int stage_bytes() const {
+    return align_up(num_bytes, 128) + align_up(scale_bytes, 128);
+  }
 };
 
 /// Base addresses of every rank's results, in shared memory. Null where there are none.
@@ -58,26 +63,35 @@ struct Destinations {
 
 /// A lane's choice of a token: where it is served, and on which row.
 struct Choice {
-  int32_t route, row;
+  int32_t route = kNoRoute, row = -1;
+  uint64_t weight = 0;  ///< that goes with the row, expert-major
 
   __device__ bool is_sent() const { return carries_row(route); }
 };
-
-__device__ Choice load_choice(const HtDispatchArgs& args, int64_t token, int k) {
-  if (k >= args.sizes.num_topk) return {kNoRoute, -1};
-  const int64_t choice = token * args.sizes.num_topk + k;
-  return {__ldg(args.routing.routes + choice), __ldg(args.routing.rows + choice)};
-}
-
-__device__ void copy_scales(uint8_t* dst, const uint8_t* src, int64_t num_bytes, int lane) {
-  for (int64_t i = lane * 4; i < num_bytes; i += kWarpSize * 4)
-    *reinterpret_cast<uint32_t*>(dst + i) = __ldg(reinterpret_cast<const uint32_t*>(src + i));
-}
 
 __device__ uint64_t load_weight(const HtDispatchArgs& args, int64_t choice) {
   return args.sizes.weight_bytes == 4
              ? __ldg(reinterpret_cast<const uint32_t*>(args.topk_weights) + choice)
              : __ldg(reinterpret_cast<const unsigned long long*>(args.topk_weights) + choice);
+}
+
+__device__ bool is_by_expert(const HtDispatchArgs& args) {
+  return static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor;
+}
+
+__device__ Choice load_choice(const HtDispatchArgs& args, int64_t token, int k) {
+  Choice own;
+  if (k >= args.sizes.num_topk) return own;
+  const int64_t choice = token * args.sizes.num_topk + k;
+  own.route = __ldg(args.routing.routes + choice);
+  own.row = __ldg(args.routing.rows + choice);
+  if (is_by_expert(args) && args.sizes.weight_bytes > 0) own.weight = load_weight(args, choice);
+  return own;
+}
+
+__device__ void copy_scales(uint8_t* dst, const uint8_t* src, int64_t num_bytes, int lane) {
+  for (int64_t i = lane * 4; i < num_bytes; i += kWarpSize * 4)
+    *reinterpret_cast<uint32_t*>(dst + i) = __ldg(reinterpret_cast<const uint32_t*>(src + i));
 }
 
 __device__ void store_weight(uint8_t* base, int64_t element, uint64_t weight, int weight_bytes) {
@@ -87,18 +101,27 @@ __device__ void store_weight(uint8_t* base, int64_t element, uint64_t weight, in
     reinterpret_cast<uint64_t*>(base)[element] = weight;
 }
 
-/// What travels beside the rows of a token, for choices first ... first + 31 as destinations. All
-/// lanes; `own` is each lane's choice.
+/// Whether scales travel through shared memory.
+__device__ bool are_scales_staged(const Pieces& pieces) {
+#if defined(EP_HAS_BULK_COPY)
+  return pieces.scale_bytes > 0;
+#else
+  return false;
+#endif
+}
+
+/// What travels beside the rows of a token, for 32 choices as destinations. All lanes; `own` is
+/// each lane's choice.
 __device__ void send_side_data(const DeviceGroup& group, const HtDispatchArgs& args,
-                               const Destinations& to, int64_t token, int first, Choice own) {
+                               const Destinations& to, const Pieces& pieces, int64_t token,
+                               const Choice& own) {
   const HtSizes& sizes = args.sizes;
   const int lane = threadIdx.x % kWarpSize, num_topk = sizes.num_topk;
-  const bool by_expert = static_cast<Layout>(sizes.layout) == Layout::kExpertMajor;
-  const bool has_weights = sizes.weight_bytes > 0, has_scales = sizes.scale_bytes > 0;
+  const bool by_expert = is_by_expert(args), has_weights = sizes.weight_bytes > 0;
+  const bool has_scales = sizes.scale_bytes > 0 && !are_scales_staged(pieces);
   const bool has_choices = !by_expert && (has_weights || sizes.handle_seq < 0);
   if (by_expert && has_weights && own.is_sent())
-    store_weight(to.topk_weights[route_rank(own.route)], own.row,
-                 load_weight(args, token * num_topk + first + lane), sizes.weight_bytes);
+    store_weight(to.topk_weights[own.route], own.row, own.weight, sizes.weight_bytes);
   if (!has_scales && !has_choices) return;
   for (unsigned left = __ballot_sync(kAllLanes, own.is_sent()); left != 0; left &= left - 1) {
     const int source = __ffs(left) - 1;
@@ -133,16 +156,34 @@ struct Item {
             static_cast<uint32_t>(min(int64_t{pieces.num_bytes}, args.sizes.row_bytes - begin))) {}
 };
 
-/// Calls store(destination of the piece, or null) for 32 choices at a time, and sends side data
-/// with the first piece. All lanes; `own` is each lane's choice among the first 32.
+/// Where a lane's choice wants the piece, and the scales that travel with it. Null: nowhere.
+struct Target {
+  uint8_t *x = nullptr, *scales = nullptr;
+
+  __device__ Target(const HtDispatchArgs& args, const Destinations& to, const Item& item,
+                    const Choice& own) {
+    if (!own.is_sent()) return;
+    x = to.x[own.route] + own.row * args.sizes.row_bytes + item.begin;
+    scales = to.scales[own.route] + own.row * args.sizes.scale_bytes;
+  }
+};
+
+/// The pointer of another lane. All lanes.
+__device__ uint8_t* pointer_of(uint8_t* own, int lane) {
+  return reinterpret_cast<uint8_t*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(own), lane));
+}
+
+/// Calls store(target) for 32 choices at a time, and sends side data with the first piece. All
+/// lanes; `own` is each lane's choice among the first 32.
 template <typename Store>
 __device__ void send_item(const DeviceGroup& group, const HtDispatchArgs& args,
-                          const Destinations& to, const Item& item, Choice own, Store&& store) {
+                          const Destinations& to, const Pieces& pieces, const Item& item,
+                          Choice own, Store&& store) {
   const int lane = threadIdx.x % kWarpSize;
   for (int first = 0; first < args.sizes.num_topk; first += kWarpSize) {
     if (first > 0) own = load_choice(args, item.token, first + lane);
-    store(own.is_sent() ? to.x[own.route] + own.row * args.sizes.row_bytes + item.begin : nullptr);
-    if (item.begin == 0) send_side_data(group, args, to, item.token, first, own);
+    store(Target(args, to, item, own));
+    if (item.begin == 0) send_side_data(group, args, to, pieces, item.token, own);
   }
 }
 
@@ -152,9 +193,11 @@ __device__ void send_item(const DeviceGroup& group, const HtDispatchArgs& args,
 struct Stages {
   uint8_t* bytes;
   uint64_t* barriers;
-  int piece_bytes;
+  int num_bytes;     // of a stage
+  int scales_begin;  // in a stage
 
-  __device__ uint8_t* stage(int64_t step) const { return bytes + step % kNumStages * piece_bytes; }
+  __device__ uint8_t* stage(int64_t step) const { return bytes + step % kNumStages * num_bytes; }
+  __device__ uint8_t* scales(int64_t step) const { return stage(step) + scales_begin; }
   __device__ uint64_t* barrier(int64_t step) const { return barriers + step % kNumStages; }
   __device__ uint32_t parity(int64_t step) const { return (step / kNumStages) & 1; }
 };
@@ -163,10 +206,35 @@ struct Stages {
 
 #if defined(EP_HAS_BULK_COPY)
 
-__device__ void load(const HtDispatchArgs& args, const Item& item, const Stages& stages,
-                     int64_t step) {
-  bulk_load(stages.stage(step), args.x + item.token * args.sizes.row_bytes + item.begin,
-            item.num_bytes, stages.barrier(step));
+/// Bytes of scales that travel with an item.
+__device__ uint32_t scale_bytes_of(const Pieces& pieces, const Item& item) {
+  return item.begin == 0 ? static_cast<uint32_t>(pieces.scale_bytes) : 0;
+}
+
+/// One lane.
+__device__ void load(const HtDispatchArgs& args, const Pieces& pieces, const Item& item,
+                     const Stages& stages, int64_t step) {
+  const uint32_t scale_bytes = scale_bytes_of(pieces, item);
+  expect_bytes(stages.barrier(step), item.num_bytes + scale_bytes);
+  bulk_load_expected(stages.stage(step), args.x + item.token * args.sizes.row_bytes + item.begin,
+                     item.num_bytes, stages.barrier(step));
+  if (scale_bytes > 0)
+    bulk_load_expected(stages.scales(step), args.scales + item.token * scale_bytes, scale_bytes,
+                       stages.barrier(step));
+}
+
+/// Stores a stage to the target of every lane. All lanes.
+__device__ void store(const Pieces& pieces, const Item& item, const Stages& stages, int64_t step,
+                      const Target& own) {
+  const uint32_t scale_bytes = scale_bytes_of(pieces, item);
+  for (unsigned left = __ballot_sync(kAllLanes, own.x != nullptr); left != 0; left &= left - 1) {
+    const int source = __ffs(left) - 1;
+    uint8_t* const x = pointer_of(own.x, source);
+    uint8_t* const scales = scale_bytes > 0 ? pointer_of(own.scales, source) : nullptr;
+    if (threadIdx.x % kWarpSize != 0) continue;
+    bulk_store(x, stages.stage(step), item.num_bytes);
+    if (scale_bytes > 0) bulk_store(scales, stages.scales(step), scale_bytes);
+  }
 }
 
 /// Sends pieces of rows through shared memory, one stage ahead.
@@ -177,12 +245,12 @@ __device__ void send_items(const DeviceGroup& group, const HtDispatchArgs& args,
   const WorkQueue queue{&group.state->next_item};
   int64_t i = queue.first();
   uint32_t asked = queue.ask();
-  Choice next{kNoRoute, -1};
+  Choice next;
   if (i < num_items) next = load_choice(args, i / pieces.num_per_row, lane);
   if (lane == 0) {
     for (int j = 0; j < kNumStages; ++j) init_barrier(stages.barriers + j);
     fence_barrier_init();
-    if (i < num_items) load(args, Item(args, pieces, i), stages, 0);
+    if (i < num_items) load(args, pieces, Item(args, pieces, i), stages, 0);
   }
   __syncwarp();
   for (int64_t step = 0, after; i < num_items; i = after, ++step) {
@@ -195,18 +263,12 @@ __device__ void send_items(const DeviceGroup& group, const HtDispatchArgs& args,
       next = load_choice(args, ahead.token, lane);
       if (lane == 0) {
         wait_stores_read<0>();  // the stores out of the next stage
-        load(args, ahead, stages, step + 1);
+        load(args, pieces, ahead, stages, step + 1);
       }
     }
     wait_barrier(stages.barrier(step), stages.parity(step));
-    send_item(group, args, to, item, own, [&](uint8_t* dst) {
-      for (unsigned left = __ballot_sync(kAllLanes, dst != nullptr); left != 0; left &= left - 1) {
-        const auto address =
-            __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(dst), __ffs(left) - 1);
-        if (lane == 0)
-          bulk_store(reinterpret_cast<uint8_t*>(address), stages.stage(step), item.num_bytes);
-      }
-    });
+    send_item(group, args, to, pieces, item, own,
+              [&](const Target& target) { store(pieces, item, stages, step, target); });
     if (lane == 0) commit_stores();
   }
   if (lane == 0) {
@@ -228,12 +290,12 @@ __device__ void send_items(const DeviceGroup& group, const HtDispatchArgs& args,
     const auto* src =
         reinterpret_cast<const uint4*>(args.x + item.token * args.sizes.row_bytes + item.begin);
     const Choice own = load_choice(args, item.token, lane);
-    send_item(group, args, to, item, own, [&](uint8_t* dst) {
-      for (unsigned left = __ballot_sync(kAllLanes, dst != nullptr); left != 0; left &= left - 1) {
-        const auto address =
-            __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(dst), __ffs(left) - 1);
+    send_item(group, args, to, pieces, item, own, [&](const Target& target) {
+      unsigned left = __ballot_sync(kAllLanes, target.x != nullptr);
+      for (; left != 0; left &= left - 1) {
+        auto* const dst = reinterpret_cast<uint4*>(pointer_of(target.x, __ffs(left) - 1));
         for (uint32_t j = lane; j < item.num_bytes / 16; j += kWarpSize)
-          store_once(reinterpret_cast<uint4*>(address) + j, __ldg(src + j));
+          store_once(dst + j, __ldg(src + j));
       }
     });
   }
@@ -288,8 +350,9 @@ __device__ void send_rows(const DeviceGroup& group, const HtDispatchArgs& args,
   const int warp = threadIdx.x / kWarpSize;
   extern __shared__ __align__(128) uint8_t shared_bytes[];
   __shared__ uint64_t barriers[kMaxWarps * kNumStages];
-  const Stages stages{shared_bytes + warp * kNumStages * pieces.num_bytes,
-                      barriers + warp * kNumStages, pieces.num_bytes};
+  const int stage_bytes = pieces.stage_bytes();
+  const Stages stages{shared_bytes + warp * kNumStages * stage_bytes, barriers + warp * kNumStages,
+                      stage_bytes, align_up(pieces.num_bytes, 128)};
   send_items(group, args, to, pieces, stages);
 #else
   send_items(group, args, to, pieces);
@@ -309,23 +372,32 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
   finish_if_last(group, record);
 }
 
-Pieces cut_rows(int64_t row_bytes) {
-  const int64_t num_per_row = ceil_div(row_bytes, int64_t{kMaxPieceBytes});
-  const int64_t num_bytes = align_up(ceil_div(row_bytes, num_per_row), int64_t{16});
-  return {static_cast<int>(num_per_row), static_cast<int>(num_bytes)};
+/// Whether scales can travel by bulk copies through shared memory, like rows.
+bool have_bulk_scales(const HtDispatchArgs& args) {
+  const int64_t num_bytes = args.sizes.scale_bytes;
+  return can_launch_early() && num_bytes <= kMaxScaleBytes && num_bytes % 16 == 0 &&
+         reinterpret_cast<uintptr_t>(args.scales) % 16 == 0;
+}
+
+Pieces cut_rows(const HtDispatchArgs& args) {
+  const int64_t num_per_row = ceil_div(args.sizes.row_bytes, int64_t{kMaxPieceBytes});
+  const int64_t num_bytes = align_up(ceil_div(args.sizes.row_bytes, num_per_row), int64_t{16});
+  return {static_cast<int>(num_per_row), static_cast<int>(num_bytes),
+          have_bulk_scales(args) ? static_cast<int>(args.sizes.scale_bytes) : 0};
 }
 
 }  // namespace
 
+void prepare_send() {
+  EP_CHECK_CUDA(cudaFuncSetAttribute(send_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     kMaxSharedBytes));
+}
+
 void launch_send(const DeviceGroup& group, const HtDispatchArgs& args, CallRecord* record,
                  cudaStream_t stream) {
-  const Pieces pieces = cut_rows(args.sizes.row_bytes);
-  const int stages_bytes = kNumStages * pieces.num_bytes;
-  const int num_warps = std::clamp(kSharedBytes / stages_bytes, 1, kMaxWarps);
-  const int shared_bytes = num_warps * stages_bytes;
-  EP_CHECK_CUDA(
-      cudaFuncSetAttribute(send_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  const LaunchShape shape{args.sizes.num_threads, num_warps * kWarpSize, shared_bytes};
+  const Pieces pieces = cut_rows(args);
+  const LaunchShape shape{args.sizes.num_threads, kMaxWarps * kWarpSize,
+                          kMaxWarps * kNumStages * pieces.stage_bytes()};
   launch_early(send_kernel, shape, stream, group, args, pieces, record);
 }
 

@@ -37,6 +37,9 @@ void launch_post(const DeviceGroup& group, const PostArgs& post, CallRecord* rec
 void launch_offer(const DeviceGroup& group, const Offer& offer, CallRecord* record,
                   cudaStream_t stream);
 
+/// Once for the current device, before launch_send().
+void prepare_send();
+
 /// Writes this rank's rows to their final place, fills what no peer writes in its own results, and
 /// finishes the call.
 void launch_send(const DeviceGroup& group, const HtDispatchArgs& args, CallRecord* record,
