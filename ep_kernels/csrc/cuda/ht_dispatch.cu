@@ -6,9 +6,6 @@
 //                      choices, weights beside the first piece              send_side_data
 //   pad    each block  zero the padding of this rank's own groups           pad_results
 
-#include <algorithm>
-#include <cstdlib>
-
 #include "core/math.h"
 #include "core/types.h"
 #include "cuda/check_cuda.h"
@@ -26,14 +23,10 @@ namespace {
 constexpr int kWarpSize = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kNumStages = 2;
-constexpr int kMaxWarps = 24;
+constexpr int kMaxWarps = 16;
 constexpr int kMaxPieceBytes = 4 << 10;
 constexpr int kMaxScaleBytes = 512;  // that have room beside a piece
-constexpr int kMaxSharedBytes = 208 << 10;
-int probe(const char* name, int otherwise) {
-  const char* text = std::getenv(name);
-  return text ? std::atoi(text) : otherwise;
-}
+constexpr int kMaxSharedBytes = kMaxWarps * kNumStages * (kMaxPieceBytes + kMaxScaleBytes);
 
 /// How rows are cut into pieces that fit a stage of shared memory.
 struct Pieces {
@@ -382,13 +375,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
 /// Whether scales can travel by bulk copies through shared memory, like rows.
 bool have_bulk_scales(const HtDispatchArgs& args) {
   const int64_t num_bytes = args.sizes.scale_bytes;
-  return probe("EP_PROBE_BULK_SCALES", 1) && can_launch_early() && num_bytes <= kMaxScaleBytes &&
-         num_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(args.scales) % 16 == 0;
+  return can_launch_early() && num_bytes <= kMaxScaleBytes && num_bytes % 16 == 0 &&
+         reinterpret_cast<uintptr_t>(args.scales) % 16 == 0;
 }
 
 Pieces cut_rows(const HtDispatchArgs& args) {
-  const int64_t num_per_row =
-      ceil_div(args.sizes.row_bytes, int64_t{probe("EP_PROBE_PIECE", kMaxPieceBytes)});
+  const int64_t num_per_row = ceil_div(args.sizes.row_bytes, int64_t{kMaxPieceBytes});
   const int64_t num_bytes = align_up(ceil_div(args.sizes.row_bytes, num_per_row), int64_t{16});
   return {static_cast<int>(num_per_row), static_cast<int>(num_bytes),
           have_bulk_scales(args) ? static_cast<int>(args.sizes.scale_bytes) : 0};
@@ -404,10 +396,8 @@ void prepare_send() {
 void launch_send(const DeviceGroup& group, const HtDispatchArgs& args, CallRecord* record,
                  cudaStream_t stream) {
   const Pieces pieces = cut_rows(args);
-  const int num_warps =
-      std::min(probe("EP_PROBE_WARPS", 16), kMaxSharedBytes / (kNumStages * pieces.stage_bytes()));
-  const LaunchShape shape{args.sizes.num_threads, num_warps * kWarpSize,
-                          num_warps * kNumStages * pieces.stage_bytes()};
+  const LaunchShape shape{args.sizes.num_threads, kMaxWarps * kWarpSize,
+                          kMaxWarps * kNumStages * pieces.stage_bytes()};
   launch_early(send_kernel, shape, stream, group, args, pieces, record);
 }
 
