@@ -45,6 +45,8 @@ class Backend(Protocol):
     """
 
     device: torch.device
+    chains_rows: bool
+    """Whether EXPERT_MAJOR results need chain words, see `csrc/core/routing.h`."""
 
     def choose_num_sms(self, bootstrap: Bootstrap, wanted: int | None) -> int:
         """Worker threads or SMs of this rank's transfers, if it does not say which it wants.

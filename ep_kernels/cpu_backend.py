@@ -73,6 +73,7 @@ class CpuBackend:
     """
 
     device = torch.device("cpu")
+    chains_rows = False
 
     def __init__(self, bootstrap: Bootstrap, settings: Settings, topology: Topology) -> None:
         self._library = _native.cpu_library()

@@ -34,6 +34,11 @@ from ep_kernels.num_sms import measure_num_sms
 from ep_kernels.pool import Received, ReceiveFormat, Reservation, RowFormat
 
 
+def _device_id(device: torch.device) -> str:
+    """The same for all processes that use the device."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
 class _Block:
     """A range of the pool; returned when calls and tensors are through with it."""
 
@@ -105,7 +110,8 @@ class CudaBackend:
             self._create(bootstrap, settings, handle)
         except EPError as error:
             problem = error
-        self._attach(bootstrap, bytes(handle), problem)
+        self._attach(bootstrap, bytes(handle), settings.send_once, problem)
+        self.chains_rows = bool(self._library.ep_cuda_chains_rows(self._buffer))
         block, address, offset = self.allocate_block(1)  # any block tells where the pool begins
         self._pool_base = address - offset
         del block
@@ -131,15 +137,24 @@ class CudaBackend:
         )
         self._buffer = out.value
 
-    def _attach(self, bootstrap: Bootstrap, handle: bytes, problem: EPError | None) -> None:
+    def _attach(
+        self, bootstrap: Bootstrap, handle: bytes, send_once: str, problem: EPError | None
+    ) -> None:
         """Maps the peers' memory; fails on all ranks if it fails on one."""
-        peers = bootstrap.all_gather((handle, str(problem or "")))
+        own_id = _device_id(self.device)
+        peers = bootstrap.all_gather((handle, own_id, str(problem or "")))
+        is_remote = {"remote": lambda other: other != own_id, "all": bool, "none": lambda _: False}
+        remote_ranks = sum(
+            is_remote[send_once](device) << rank
+            for rank, (_, device, _) in enumerate(peers)
+            if rank != bootstrap.rank
+        )
         try:
-            for rank, (_, message) in enumerate(peers):
+            for rank, (_, _, message) in enumerate(peers):
                 if message:
                     raise EPDeviceError(f"rank {rank} has no device memory: {message}")
             handles = b"".join(peer[0] for peer in peers)
-            _native.call(self._library.ep_cuda_buffer_attach, self._buffer, handles)
+            _native.call(self._library.ep_cuda_buffer_attach, self._buffer, handles, remote_ranks)
         except EPError as error:
             problem = error
         for rank, message in enumerate(bootstrap.all_gather(str(problem or ""))):
@@ -203,6 +218,7 @@ class CudaBackend:
             scales=rows_if(receive.scales, formats.scales),
             topk_idx=rows_if(receive.topk_idx, formats.topk_idx),
             topk_weights=rows_if(receive.topk_weights, formats.topk_weights),
+            chain=rows_if(receive.chain, formats.chain),
         )
 
     def _adopt(
@@ -264,7 +280,7 @@ class CudaBackend:
     def choose_num_sms(self, bootstrap: Bootstrap, wanted: int | None) -> int:
         """SMs of this rank's transfers: those wanted, or the same on all ranks, as measured."""
         properties = torch.cuda.get_device_properties(self.device)
-        own_id = str(properties.uuid)
+        own_id = _device_id(self.device)
         ranks = bootstrap.all_gather((own_id, wanted))
         num_sharing = sum(device == own_id for device, _ in ranks)
         self.max_num_sms = max(1, properties.multi_processor_count // num_sharing)

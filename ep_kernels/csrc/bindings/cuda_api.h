@@ -34,7 +34,7 @@ struct EpReceivedRows {
 };
 
 struct EpReceive {
-  EpReceivedRows x, scales, topk_idx, topk_weights;
+  EpReceivedRows x, scales, topk_idx, topk_weights, chain;
 };
 
 /// What the host learns of a fresh dispatch: the number of rows; as in HtRouting, in host memory,
@@ -52,8 +52,12 @@ EP_API void ep_cuda_abi_sizes(int32_t sizes[8]);
 /// `handle`: 64 bytes that peers need to map this rank's memory.
 EP_API int32_t ep_cuda_buffer_create(const EpCudaConfig* config, EpCudaBuffer** buffer,
                                      uint8_t* handle, EpError* error);
-/// `handles`: [num_ranks, 64].
-EP_API int32_t ep_cuda_buffer_attach(EpCudaBuffer* buffer, const uint8_t* handles, EpError* error);
+/// `handles`: [num_ranks, 64]. `remote_ranks`: a bit for each peer to which a row of an
+/// expert-major dispatch crosses a link only once; the same on both sides.
+EP_API int32_t ep_cuda_buffer_attach(EpCudaBuffer* buffer, const uint8_t* handles,
+                                     uint64_t remote_ranks, EpError* error);
+/// Whether expert-major results of this rank come with chain words.
+EP_API int32_t ep_cuda_chains_rows(EpCudaBuffer* buffer);
 EP_API int32_t ep_cuda_buffer_destroy(EpCudaBuffer* buffer, EpError* error);
 EP_API void ep_cuda_buffer_delete(EpCudaBuffer* buffer);
 

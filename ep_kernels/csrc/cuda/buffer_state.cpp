@@ -49,7 +49,8 @@ Pool::~Pool() {
   cudaSetDevice(previous);
 }
 
-void Received::allocate(const std::shared_ptr<Pool>& pool, const HtSizes& sizes, int64_t num_rows) {
+void Received::allocate(const std::shared_ptr<Pool>& pool, const HtSizes& sizes, int64_t num_rows,
+                        bool chains_rows) {
   const auto take = [&](Block& block, int64_t bytes_per_row) {
     if (bytes_per_row > 0) block.allocate(pool, num_rows * bytes_per_row);
   };
@@ -59,6 +60,7 @@ void Received::allocate(const std::shared_ptr<Pool>& pool, const HtSizes& sizes,
   take(scales, sizes.scale_bytes);
   if (!by_expert) take(topk_idx, choices_per_row * int64_t{sizeof(int64_t)});
   take(topk_weights, choices_per_row * sizes.weight_bytes);
+  if (by_expert && chains_rows) take(chain, sizeof(int32_t));
 }
 
 Buffer::Buffer(const Config& config) : config_(config) {
@@ -73,6 +75,7 @@ Buffer::Buffer(const Config& config) : config_(config) {
   EP_CHECK_CUDA(cudaMemset(pool_->segment + control_bytes_, 0, static_cast<size_t>(num_words)));
   EP_CHECK_CUDA(cudaDeviceSynchronize());
   prepare_send();
+  prepare_copies();
 
   std::vector<int32_t> tables(config.expert_rank), num_local(config.num_ranks, 0);
   for (const int32_t rank : config.expert_rank) tables.push_back(num_local[rank]++);
@@ -129,8 +132,9 @@ cudaIpcMemHandle_t Buffer::memory_handle() const {
   return handle;
 }
 
-void Buffer::attach(const cudaIpcMemHandle_t* handles) {
+void Buffer::attach(const cudaIpcMemHandle_t* handles, uint64_t remote_ranks) {
   DeviceGuard guard(config_.device);
+  group_.remote_ranks = remote_ranks;
   for (int peer = 0; peer < config_.num_ranks; ++peer) {
     if (peer == config_.rank) continue;
     void* segment = nullptr;
