@@ -8,7 +8,6 @@
 // Runs when all ranks are done with the call, so that no block waits for a peer.
 
 #include "core/math.h"
-#include "cuda/check_cuda.h"
 #include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/work.cuh"
 #include "cuda/ht_rows.cuh"
@@ -104,8 +103,7 @@ __device__ void copy_rows(const DeviceGroup& group, const HtDispatchArgs& args,
                           const Pieces& pieces) {
   const Results results(group, args);
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t num_items =
-      ceil_div(results.num_rows, int64_t{kRowsPerItem}) * pieces.num_per_row;
+  const int64_t num_items = ceil_div(results.num_rows, int64_t{kRowsPerItem}) * pieces.num_per_row;
   const WorkQueue queue{&group.state->next_item};
   Copier copier(pieces);
   for (int64_t i = queue.first(); i < num_items;) {
@@ -134,10 +132,7 @@ __global__ void __launch_bounds__(kRowWarps* kWarpSize)
 
 }  // namespace
 
-void prepare_copies() {
-  EP_CHECK_CUDA(cudaFuncSetAttribute(copy_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     kMaxRowSharedBytes));
-}
+void prepare_copies() { allow_stages(copy_kernel); }
 
 void launch_copies(const DeviceGroup& group, const HtDispatchArgs& args, CallRecord* record,
                    cudaStream_t stream) {

@@ -11,7 +11,6 @@
 
 #include "core/routing.h"
 #include "core/types.h"
-#include "cuda/check_cuda.h"
 #include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/work.cuh"
 #include "cuda/ht_padding.cuh"
@@ -255,10 +254,7 @@ __global__ void __launch_bounds__(kRowWarps* kWarpSize)
 
 }  // namespace
 
-void prepare_send() {
-  EP_CHECK_CUDA(cudaFuncSetAttribute(send_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     kMaxRowSharedBytes));
-}
+void prepare_send() { allow_stages(send_kernel); }
 
 void launch_send(const DeviceGroup& group, const HtDispatchArgs& args, CallRecord* record,
                  cudaStream_t stream) {

@@ -9,7 +9,8 @@
 namespace ep::cuda {
 
 template <typename T>
-__device__ void fill_rows(uint8_t* base, int64_t words_per_row, int64_t begin, int64_t end, T value) {
+__device__ void fill_rows(uint8_t* base, int64_t words_per_row, int64_t begin, int64_t end,
+                          T value) {
   auto* words = reinterpret_cast<T*>(base);
   for (int64_t i = begin * words_per_row + threadIdx.x; i < end * words_per_row; i += blockDim.x)
     words[i] = value;
@@ -26,7 +27,8 @@ __device__ inline void clear_unused_choices(const DeviceGroup& group, const HtDi
     if (args.recv_topk_idx >= 0) reinterpret_cast<int64_t*>(own + args.recv_topk_idx)[i] = -1;
     if (args.recv_topk_weights >= 0)
       for (int word = 0; word < sizes.weight_bytes / 4; ++word)
-        reinterpret_cast<uint32_t*>(own + args.recv_topk_weights + i * sizes.weight_bytes)[word] = 0;
+        reinterpret_cast<uint32_t*>(own + args.recv_topk_weights + i * sizes.weight_bytes)[word] =
+            0;
   }
 }
 

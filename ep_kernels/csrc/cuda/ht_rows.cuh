@@ -4,6 +4,7 @@
 
 #include "core/ht_args.h"
 #include "core/math.h"
+#include "cuda/check_cuda.h"
 #include "cuda/device/bulk_copy.cuh"
 #include "cuda/device/elements.cuh"
 #include "cuda/launch.h"
@@ -21,7 +22,6 @@ constexpr int kRowWarps = 16;
 constexpr int kMaxPieceBytes = 4 << 10;
 constexpr int kMaxScaleBytes = 512;  // that have room beside a piece
 constexpr int kMaxStageBytes = kMaxPieceBytes + kMaxScaleBytes;
-constexpr int kMaxRowSharedBytes = kRowWarps * kNumStages * kMaxStageBytes;
 
 /// How rows are cut into pieces that fit a stage of shared memory.
 struct Pieces {
@@ -47,8 +47,17 @@ inline Pieces cut_rows(const HtSizes& sizes, bool are_aligned) {
           are_aligned && scale_bytes <= kMaxScaleBytes && scale_bytes % 16 == 0};
 }
 
+/// Once per kernel that moves rows and device.
+template <typename Kernel>
+void allow_stages(Kernel* kernel) {
+  if (has_sm90_features())
+    EP_CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       kRowWarps * kNumStages * kMaxStageBytes));
+}
+
 inline LaunchShape shape_for_rows(const HtSizes& sizes, const Pieces& pieces) {
-  return {sizes.num_threads, kRowWarps * kWarpSize, kRowWarps * kNumStages * pieces.stage_bytes()};
+  const int stages_bytes = kRowWarps * kNumStages * pieces.stage_bytes();
+  return {sizes.num_threads, kRowWarps * kWarpSize, has_sm90_features() ? stages_bytes : 0};
 }
 
 /// A piece of a row; the first one takes the row's scales along.
@@ -58,8 +67,7 @@ struct Piece {
 
   __device__ Piece(const Pieces& pieces, int64_t index)
       : begin(index * pieces.num_bytes),
-        num_bytes(
-            static_cast<uint32_t>(min(int64_t{pieces.num_bytes}, pieces.row_bytes - begin))),
+        num_bytes(static_cast<uint32_t>(min(int64_t{pieces.num_bytes}, pieces.row_bytes - begin))),
         scale_bytes(index == 0 ? static_cast<uint32_t>(pieces.scale_bytes) : 0) {}
   __device__ bool is_first() const { return begin == 0; }
 };
@@ -83,7 +91,7 @@ __device__ inline uint8_t* pointer_of(uint8_t* own, int lane) {
 /// All lanes.
 __device__ inline void copy_scales(uint8_t* dst, const uint8_t* src, uint32_t num_bytes) {
   for (uint32_t i = threadIdx.x % kWarpSize * 4; i < num_bytes; i += kWarpSize * 4)
-    *reinterpret_cast<uint32_t*>(dst + i) = __ldcg(reinterpret_cast<const uint32_t*>(src + i));
+    *reinterpret_cast<uint32_t*>(dst + i) = __ldg(reinterpret_cast<const uint32_t*>(src + i));
 }
 
 #if defined(EP_HAS_BULK_COPY)
@@ -115,9 +123,7 @@ struct Stages {
   }
 
   /// Waits for the piece. All lanes.
-  __device__ void wait(int64_t step) const {
-    wait_barrier(barrier(step), (step / kNumStages) & 1);
-  }
+  __device__ void wait(int64_t step) const { wait_barrier(barrier(step), (step / kNumStages) & 1); }
 
   /// Starts to write a piece that is here to the target of every lane. All lanes; the first one
   /// commits the stores.
@@ -138,7 +144,7 @@ struct Stages {
   }
 };
 
-/// The stages of this warp. All threads; the block has kMaxRowSharedBytes or what its pieces take.
+/// The stages of this warp. All threads.
 __device__ inline Stages stages_of_warp(const Pieces& pieces) {
   extern __shared__ __align__(128) uint8_t shared_bytes[];
   __shared__ uint64_t barriers[kRowWarps * kNumStages];
@@ -161,7 +167,7 @@ __device__ inline void copy_piece(const Piece& piece, const Source& from, const 
     const int lane = __ffs(left) - 1;
     auto* const dst = reinterpret_cast<uint4*>(pointer_of(own.x, lane));
     for (uint32_t i = threadIdx.x % kWarpSize; i < piece.num_bytes / 16; i += kWarpSize)
-      store_once(dst + i, __ldcg(src + i));
+      store_once(dst + i, __ldg(src + i));
     if (piece.scale_bytes > 0)
       copy_scales(pointer_of(own.scales, lane), from.scales, piece.scale_bytes);
   }
