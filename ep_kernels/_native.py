@@ -83,6 +83,7 @@ class DispatchArgs(Structure):
         ("recv_scales", c_int64),
         ("recv_topk_idx", c_int64),
         ("recv_topk_weights", c_int64),
+        ("recv_chain", c_int64),
         ("sizes", Sizes),
     ]
 

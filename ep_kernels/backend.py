@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -44,6 +45,8 @@ class Backend(Protocol):
     """
 
     device: torch.device
+    chains_rows: bool
+    """Whether EXPERT_MAJOR results need chain words, see `csrc/core/routing.h`."""
 
     def choose_num_sms(self, bootstrap: Bootstrap, wanted: int | None) -> int:
         """Worker threads or SMs of this rank's transfers, if it does not say which it wants.
@@ -81,11 +84,12 @@ class Backend(Protocol):
         args: DispatchArgs,
         memory: RoutingMemory,
         *,
-        formats: ReceiveFormat,
+        formats: Callable[[], ReceiveFormat],
         keep: Any,
         options: CallOptions,
     ) -> FreshDispatch:
-        """A dispatch whose memory is taken when the counts are known; fills the routing.
+        """A dispatch whose memory is taken when the counts are known; fills the routing. `formats`
+        is asked as late as possible: peers wait for what comes before.
 
         Raises EPDeviceError, on all ranks, if one of them has no memory for its rows.
         """

@@ -5,6 +5,8 @@ EP_KERNELS_TIMEOUT_S    default of `Buffer(timeout_s=)`, seconds
 EP_KERNELS_NUM_THREADS  default of `Buffer(num_sms=)` on the CPU backend
 EP_KERNELS_NUM_SMS      the same on a GPU
 EP_KERNELS_POOL_BYTES   default of `Buffer(pool_bytes=)`
+EP_KERNELS_SEND_ONCE    remote (default), all or none: the peers to which a GPU sends a row of an
+                        EXPERT_MAJOR dispatch once, to be copied there for the other experts
 EP_KERNELS_SIMD         scalar, avx2 or avx512: a slower path of the CPU core (read by the core)
 
 What torchrun, Open MPI and SLURM say about the launch is read, too: ranks of a node.
@@ -46,6 +48,16 @@ def default_timeout_s() -> float:
 def num_sms() -> int | None:
     """SMs per rank; None: to be chosen from measured rates."""
     return int(_number("EP_KERNELS_NUM_SMS", 1)) if os.environ.get("EP_KERNELS_NUM_SMS") else None
+
+
+def send_once() -> str:
+    """Peers to which a row for several experts crosses once: on other GPUs (remote), all, none."""
+    choice = os.environ.get("EP_KERNELS_SEND_ONCE") or "remote"
+    if choice not in ("remote", "all", "none"):
+        raise EPConfigError(
+            f"environment variable EP_KERNELS_SEND_ONCE={choice!r} is not remote, all or none"
+        )
+    return choice
 
 
 def default_num_threads(num_local_ranks: int) -> int:

@@ -6,6 +6,7 @@ Symbols as in buffer.py.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -116,10 +117,12 @@ class HighThroughput:
                 routing=Routing(topk_idx=address(inputs.topk_idx), **handle.memory.addresses()),
                 sizes=self._sizes(rows, handle, inputs.weights, options.num_sms),
             )
-            formats = _formats(inputs, handle)
+            formats = functools.partial(
+                _formats, inputs, handle, chains_rows=self._backend.chains_rows
+            )
             received = None
             if handle.num_rows >= 0:
-                received = reserve_rows(self._backend.reserve, formats, handle.num_rows)
+                received = reserve_rows(self._backend.reserve, formats(), handle.num_rows)
                 point_to(args, received)
         keep = (inputs, handle, received)
         if received is None:
@@ -309,7 +312,7 @@ class HighThroughput:
         return staging.offset, 1, staging
 
 
-def _formats(inputs: _Inputs, handle: DispatchHandle) -> ReceiveFormat:
+def _formats(inputs: _Inputs, handle: DispatchHandle, *, chains_rows: bool) -> ReceiveFormat:
     """What a dispatch fills: choices only if they are new, scales and weights if they are sent."""
     rows, weights = inputs.rows, inputs.weights
     by_rank = handle.layout is Layout.RANK_MAJOR
@@ -322,6 +325,7 @@ def _formats(inputs: _Inputs, handle: DispatchHandle) -> ReceiveFormat:
         if by_rank and handle.seq < 0
         else None,
         topk_weights=None if weights is None else RowFormat(shape=choices, dtype=weights.dtype),
+        chain=RowFormat(shape=(), dtype=torch.int32) if chains_rows and not by_rank else None,
     )
 
 

@@ -42,6 +42,7 @@ struct HtDispatchArgs {
   const uint8_t* topk_weights;  ///< [T, K, weight_bytes]
   HtRouting routing;
   int64_t recv_x, recv_scales, recv_topk_idx, recv_topk_weights;  ///< pool offsets, -1 = none
+  int64_t recv_chain;  ///< pool offset of int32 [N] chain words (core/routing.h), -1 = none (CUDA)
   HtSizes sizes;
 };
 

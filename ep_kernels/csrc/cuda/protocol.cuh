@@ -1,5 +1,6 @@
 #pragma once
 
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/sync.cuh"
 #include "cuda/group.h"
 
@@ -126,8 +127,9 @@ __device__ inline void wait_posts(const DeviceGroup& group, CallRecord* record, 
   __syncthreads();
 }
 
-/// All threads of the block that comes last.
-__device__ inline void finish(const DeviceGroup& group, CallRecord* record) {
+/// Tells all ranks that this one is through, and waits until all are. All threads of the block that
+/// comes last.
+__device__ inline void exchange_done(const DeviceGroup& group, CallRecord* record) {
   LocalState& state = *group.state;
   const uint64_t seq = state.num_calls;
   if (threadIdx.x == 0) stamp(record, kStampMoved);
@@ -139,8 +141,12 @@ __device__ inline void finish(const DeviceGroup& group, CallRecord* record) {
                 Phase::kDone);
   }
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  stamp(record, kStampDone);
+  if (threadIdx.x == 0) stamp(record, kStampDone);
+}
+
+/// Reports to the host, and makes the state ready for the next call. One thread, after all others.
+__device__ inline void close_call(const DeviceGroup& group, CallRecord* record) {
+  LocalState& state = *group.state;
   const auto status = static_cast<CallStatus>(state.call_status);
   const bool is_new = status != CallStatus::kRunning && status != CallStatus::kSkipped;
   if (is_new || !group.is_captured)
@@ -150,15 +156,28 @@ __device__ inline void finish(const DeviceGroup& group, CallRecord* record) {
   state.call_status = state.failed ? static_cast<int32_t>(CallStatus::kSkipped) : 0;
   state.blocks_done = 0;
   state.next_item = 0;
-  state.num_calls = seq + 1;
+  ++state.num_calls;
 }
 
-/// All threads of every block of the call's last kernel, at its end. The block that comes here last
-/// tells all ranks that this one is through, waits until all are, and reports to the host: one
-/// block, so that waiting takes no room from kernels of peers on the same device.
+/// All threads of the block that comes last.
+__device__ inline void finish(const DeviceGroup& group, CallRecord* record) {
+  exchange_done(group, record);
+  if (threadIdx.x == 0) close_call(group, record);
+}
+
+/// The same if another kernel of the call follows, which only works on this rank's own memory.
+__device__ inline void hand_over(const DeviceGroup& group, CallRecord* record) {
+  exchange_done(group, record);
+  if (threadIdx.x == 0) group.state->blocks_done = group.state->next_item = 0;
+  let_next_kernel_launch();
+}
+
+/// All threads of every block of a kernel that moves rows, at its end: whether this block comes
+/// here last. One block waits for peers then, so that waiting takes no room from their kernels on
+/// the same device.
 ///
 /// Order: each block's stores, its fence, its arrival; all arrivals, a fence, the flags to peers.
-__device__ inline void finish_if_last(const DeviceGroup& group, CallRecord* record) {
+__device__ inline bool is_last_block(const DeviceGroup& group) {
   __shared__ bool is_last;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -167,7 +186,7 @@ __device__ inline void finish_if_last(const DeviceGroup& group, CallRecord* reco
     __threadfence_system();
   }
   __syncthreads();
-  if (is_last) finish(group, record);
+  return is_last;
 }
 
 /// Reports the refusal of rank `src`. One that a kernel made says what it found in its fields, one
