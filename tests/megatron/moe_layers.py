@@ -192,7 +192,7 @@ def make_layer(case: Case, grid: Grid, dispatcher: str, *, seed: int = SEED) -> 
     spec = get_moe_module_spec(use_te=False, num_experts=case.num_experts)
     layer = build_module(spec, config=make_config(case, grid, dispatcher))
     layer.set_layer_number(1)
-    return layer.to(case.dtype).train()
+    return layer.to(rank_device(), case.dtype).train()  # a shared expert's gate is made on the CPU
 
 
 def make_input(rank: int, case: Case, *, micro_batch: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
