@@ -33,9 +33,10 @@ class DispatchFunction(torch.autograd.Function):
         topk_idx: torch.Tensor | None,
         buffer: Any,
         options: dict[str, Any],
+        kept: DispatchResult | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, DispatchResult]:
         """Returns recv_x, recv_topk_weights and the whole result."""
-        result: DispatchResult = buffer.dispatch(x, topk_idx, topk_weights, **options)
+        result: DispatchResult = kept or buffer.dispatch(x, topk_idx, topk_weights, **options)
         ctx.buffer, ctx.handle = buffer, result.handle
         ctx.num_sms = options.get("num_sms")
         return _alias(result.recv_x), _alias(result.recv_topk_weights), result
@@ -51,7 +52,7 @@ class DispatchFunction(torch.autograd.Function):
             ctx.handle,
             {"num_sms": ctx.num_sms},
         )
-        return grad_x, grad_weights, None, None, None
+        return grad_x, grad_weights, None, None, None, None
 
 
 class CombineFunction(torch.autograd.Function):
@@ -65,11 +66,12 @@ class CombineFunction(torch.autograd.Function):
         buffer: Any,
         handle: Any,
         options: dict[str, Any],
+        kept: CombineResult | None = None,
         *biases: torch.Tensor,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, CombineResult]:
         """Returns the combined x, the combined topk_weights and the whole result."""
         bias = biases[0] if len(biases) == 1 else biases or None
-        result: CombineResult = buffer.combine(
+        result: CombineResult = kept or buffer.combine(
             x, handle, topk_weights=topk_weights, bias=bias, **options
         )
         ctx.buffer, ctx.handle, ctx.num_biases = buffer, handle, len(biases)
@@ -87,7 +89,7 @@ class CombineFunction(torch.autograd.Function):
             ctx.buffer,
             {"handle": ctx.handle, "num_sms": ctx.num_sms},
         )
-        return grad_rows, grad_row_weights, None, None, None, *[grad_x] * ctx.num_biases
+        return grad_rows, grad_row_weights, None, None, None, None, *[grad_x] * ctx.num_biases
 
 
 def dispatch(
@@ -95,6 +97,8 @@ def dispatch(
     x: torch.Tensor,
     topk_idx: torch.Tensor | None,
     topk_weights: torch.Tensor | None = None,
+    *,
+    kept: DispatchResult | None = None,
     **options: Any,
 ) -> DispatchResult:
     """Buffer.dispatch with gradients for x and topk_weights.
@@ -107,6 +111,8 @@ def dispatch(
         x: [T, H] float64, float32, float16 or bfloat16.
         topk_idx: [T, K] int64, -1 chooses none; None with a handle among the options.
         topk_weights: [T, K] float32 or float64, or None.
+        kept: what the same dispatch gave before: the result, without communication. The backward
+            communicates.
         **options: those of Buffer.dispatch except `capacity`: gradients of rows that a capacity
             leaves unfilled would be undefined.
 
@@ -126,7 +132,9 @@ def dispatch(
         raise TypeError(f"x is a {type(x).__name__}: only a tensor of rows has a gradient")
     if options.get("capacity") is not None:
         raise TypeError(f"capacity={options['capacity']} is not supported with gradients")
-    recv_x, weights, result = DispatchFunction.apply(x, topk_weights, topk_idx, buffer, options)
+    recv_x, weights, result = DispatchFunction.apply(
+        x, topk_weights, topk_idx, buffer, options, kept
+    )
     return replace(result, recv_x=recv_x, recv_topk_weights=weights)
 
 
@@ -137,6 +145,7 @@ def combine(
     *,
     topk_weights: torch.Tensor | None = None,
     bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+    kept: CombineResult | None = None,
     **options: Any,
 ) -> CombineResult:
     """Buffer.combine with gradients for x, topk_weights and bias.
@@ -147,6 +156,7 @@ def combine(
         handle: of that dispatch.
         topk_weights: RANK_MAJOR [N, K], EXPERT_MAJOR [N], or None.
         bias: [T, H] or a pair of them, added to the sum, or None.
+        kept: as of dispatch().
         **options: the other options of Buffer.combine.
 
     Returns:
@@ -156,7 +166,9 @@ def combine(
         EPError: see Buffer.combine.
     """
     biases = () if bias is None else (bias,) if isinstance(bias, torch.Tensor) else tuple(bias)
-    y, weights, result = CombineFunction.apply(x, topk_weights, buffer, handle, options, *biases)
+    y, weights, result = CombineFunction.apply(
+        x, topk_weights, buffer, handle, options, kept, *biases
+    )
     return replace(result, x=y, topk_weights=weights)
 
 

@@ -28,8 +28,10 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ep_kernels import Layout
+from ep_kernels import CombineResult, Layout
+from ep_kernels.event import Event
 from megatron_ep.pipeline import CallStream, run_pipeline
+from megatron_ep.recompute import Transfers
 
 MAX_AUTO_CHUNKS = 4
 
@@ -82,12 +84,14 @@ class ChunkedExperts:
         self, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
         """Dispatch, experts and combine: [T, H] and [T, K] -> [T, H]."""
-        topk_idx = self._dispatcher.take_topk_idx()
-        num_chunks = self._resolve_num_chunks(topk_idx)
+        topk_idx, kept = self._dispatcher.take_routing()
+        num_chunks = len(kept.sent) if kept else self._resolve_num_chunks(topk_idx)
         parameters = list(self._layer.experts.parameters())
         run = _Run(
             layer=self._layer,
-            topk_idx=topk_idx.tensor_split(num_chunks),
+            topk_idx=topk_idx,
+            num_chunks=num_chunks,
+            kept=kept,
             is_training=torch.is_grad_enabled(),
             parameters=[parameter for parameter in parameters if parameter.requires_grad],
         )
@@ -111,13 +115,16 @@ class _Run:
     """One micro-batch on its way through one layer.
 
     Attributes:
-        topk_idx: of each chunk.
+        topk_idx: [T, K] of all chunks.
+        kept: by an earlier forward of the same micro-batch, if this one is a recomputation.
         is_training: whether a backward may follow.
         parameters: of the experts, those that get gradients.
     """
 
     layer: Any
-    topk_idx: tuple[torch.Tensor, ...]
+    topk_idx: torch.Tensor
+    num_chunks: int
+    kept: Transfers | None
     is_training: bool
     parameters: list[torch.Tensor]
 
@@ -125,15 +132,22 @@ class _Run:
         self, hidden: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, list[_Chunk]]:
         """Output, and the chunks for backward()."""
+        if self.kept is not None:
+            self._start_shared_experts()
+            return self.kept.combined.x.detach(), [self._compute(one) for one in self.kept.sent]
+        sent: list[Any] | None = [] if self.layer.token_dispatcher.keeps_transfers else None
         chunks: list[_Chunk] = []
-        num_chunks = len(self.topk_idx)
-        inputs = zip(hidden.tensor_split(num_chunks), self.topk_idx, probs.tensor_split(num_chunks))
+        inputs = zip(
+            *(tensor.tensor_split(self.num_chunks) for tensor in (hidden, self.topk_idx, probs))
+        )
         buffer = self.layer.token_dispatcher.buffer(hidden.device)
 
         def compute(arrived: Any) -> tuple[torch.Tensor, Any]:
             if not chunks:
                 self._start_shared_experts()
             arrived.event.current_stream_wait()
+            if sent is not None:
+                sent.append(arrived)
             chunks.append(self._compute(arrived))
             return chunks[-1].output.detach().contiguous(), arrived.handle
 
@@ -146,7 +160,11 @@ class _Run:
             send_back,
             calls=CallStream(hidden.device),
         )
-        return torch.cat([_wait(result).x for result in results]), chunks
+        output = torch.cat([_wait(result).x for result in results])
+        if sent is not None:
+            combined = CombineResult(x=output, topk_weights=None, event=Event())
+            self.layer.token_dispatcher.keep(self.topk_idx, tuple(sent), combined)
+        return output, chunks
 
     def backward(
         self, chunks: list[_Chunk], grad: torch.Tensor

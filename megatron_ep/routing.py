@@ -51,6 +51,16 @@ def slice_experts(
     return sliced.flatten(1), topk_weights.repeat_interleave(expert_tp, dim=1)
 
 
+def unslice_experts(topk_idx: torch.Tensor, expert_tp: int) -> torch.Tensor:
+    """The topk_idx of which slice_experts() made this one: [T, K * expert_tp] -> [T, K].
+
+    Example:
+        >>> unslice_experts(torch.tensor([[2, 3, -1, -1]]), 2)
+        tensor([[ 1, -1]])
+    """
+    return topk_idx[:, ::expert_tp].div(expert_tp, rounding_mode="floor")
+
+
 def place_slices(*, num_experts: int, expert_tp: int, ep_size: int) -> torch.Tensor:
     """Rank of each slice e * expert_tp + s in the group, where ranks count slices first.
 
