@@ -10,8 +10,8 @@ lives as long as the function does, that is as long as the graph of its output: 
 the function leaves its transfers there in the first call, and takes them away in the second. So any
 number of micro-batches may be in flight, and a graph that is dropped lets go of all that was kept.
 
-A call that finds nothing kept communicates, such as a third one (a backward with retain_graph=True);
-so all ranks have to recompute the same layers. Layers in chunks do so under torch's checkpoint with
+A call that finds nothing kept communicates, as a third one does (backward(retain_graph=True)); so
+all ranks have to recompute the same layers. Layers in chunks do so under torch's checkpoint with
 use_reentrant=False, which calls the function once for each chunk.
 """
 

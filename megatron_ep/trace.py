@@ -193,8 +193,8 @@ def hidden_fraction(spans: Sequence[Span]) -> float | None:
 
     Example: a transfer from 0 to 10 and experts from 4 to 20 -> 0.6. None without transfers.
     """
-    busy = _merge([(span.begin_ns, span.end_ns) for span in spans if span.track == EXPERTS])
-    transfers = _merge([(span.begin_ns, span.end_ns) for span in spans if span.track == TRANSFERS])
+    busy = merge([(span.begin_ns, span.end_ns) for span in spans if span.track == EXPERTS])
+    transfers = merge([(span.begin_ns, span.end_ns) for span in spans if span.track == TRANSFERS])
     total = sum(end - begin for begin, end in transfers)
     hidden = sum(
         max(0, min(end, busy_end) - max(begin, busy_begin))
@@ -204,7 +204,13 @@ def hidden_fraction(spans: Sequence[Span]) -> float | None:
     return hidden / total if total else None
 
 
-def _merge(intervals: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def busy_ns(spans: Sequence[Span], track: str) -> int:
+    """How long the track of a rank is not empty."""
+    merged = merge([(span.begin_ns, span.end_ns) for span in spans if span.track == track])
+    return sum(end - begin for begin, end in merged)
+
+
+def merge(intervals: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Disjoint intervals that cover the same times."""
     merged: list[tuple[int, int]] = []
     for begin, end in sorted(intervals):
