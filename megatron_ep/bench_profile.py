@@ -2,8 +2,8 @@
 
     host                how long the call of the pass takes: the device may have work left
     pass                until that work is done, too
-    parts of host       fresh dispatches, which wait for counts; other calls of the buffer; waiting for
-                        their ends (which no host does on GPUs); the experts; the rest: router,
+    parts of host       fresh dispatches, which wait for counts; other calls of the buffer; waiting
+                        for their ends (which no host does on GPUs); the experts; the rest: router,
                         autograd, sums of gradients
     device busy         when any kernel or copy runs on the device, for this rank's process
     ops, launches       operators of ATen; kernels and copies that were given to the device

@@ -25,7 +25,7 @@ class Options:
 
     Attributes:
         num_chunks: chunks of a micro-batch whose transfers overlap with the experts of others, see
-            overlap.py; 1 for none, "auto" for a choice by size.
+            overlap.py; 1 for none, "auto" for a choice by times, see choose_chunks.py.
         recompute_transfers: where Megatron runs a layer's forward again, in the backward, also
             communicate again: in less memory, in more time; see recompute.py.
         num_sms: worker threads (CPU) or SMs (GPU) of each transfer.

@@ -191,11 +191,22 @@ def _build_moe_layer(
             original(layer, config, *args, **kwargs)
     finally:
         moe_layer.MoEAlltoAllTokenDispatcher = stand_in
+    if (num_topk := _topk_of_router(layer)) is not None:
+        layer.token_dispatcher.expect_topk(num_topk)
     num_chunks = current_options().num_chunks
     if num_chunks != 1:
         ChunkedExperts(layer, num_chunks).install()
     if tracer := active_tracer():
         tracer.watch_experts(layer.experts)
+
+
+def _topk_of_router(layer: Any) -> int | None:
+    """The most experts that the layer's router gives a token; None if that depends on tokens."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    config = layer.config
+    is_known = type(layer.router) is TopKRouter and not config.moe_pad_expert_input_to_capacity
+    return min(config.moe_router_topk, config.num_moe_experts) if is_known else None
 
 
 def _build_transformer_layer(

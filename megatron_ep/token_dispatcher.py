@@ -127,6 +127,12 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
             return self.num_experts
         return min(config.moe_router_topk, self.num_experts)
 
+    def expect_topk(self, num_topk: int | None) -> None:
+        """No token will have more than `num_topk` experts, which is an error from now on; None: any
+        number, to be counted, for which the host waits.
+        """
+        self._num_topk = num_topk
+
     def set_shared_experts(self, shared_experts: Any) -> None:
         """Has the shared experts computed while tokens travel."""
         super().set_shared_experts(shared_experts)

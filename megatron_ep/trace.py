@@ -4,7 +4,8 @@
     with tracer.recording(): ...          the steps of interest
     write_trace(path, group spans)        for Perfetto or chrome://tracing
 
-A rank has two tracks: "experts", and "transfers" for dispatch and combine. On the CPU a transfer
+A rank has two tracks: "experts", and "transfers" for dispatch, combine and, of layers in chunks,
+the exchange of their routings. On the CPU a transfer
 that the caller does not wait for is drawn where it ran on the buffer's thread; the exchange of
 counts before it, for which every fresh dispatch waits, is drawn apart as "notify". On a GPU a
 transfer begins when the one before it is over and its input is there, and includes the exchange of
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from megatron_ep.routing import ROUTING_BYTES
 from megatron_ep.trace_clocks import Clock, DeviceClock, HostClock
 
 EXPERTS, TRANSFERS = "experts", "transfers"
@@ -156,8 +158,10 @@ class TracedBuffer:
         return getattr(self._buffer, name)
 
     def dispatch(self, *arguments: Any, **options: Any) -> Any:
+        rows = arguments[0]
+        is_routing = rows.shape[1] * rows.element_size() == ROUTING_BYTES
         return self._tracer.trace_transfer(
-            "dispatch",
+            "routing" if is_routing else "dispatch",
             lambda: self._buffer.dispatch(*arguments, **options),
             is_fresh=options.get("handle") is None,
         )

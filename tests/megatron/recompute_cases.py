@@ -12,6 +12,8 @@ import torch
 from moe_layers import Case, Grid
 from rank_devices import rank_device
 
+from megatron_ep.routing import ROUTING_BYTES
+
 GRID = Grid(ep=2)
 
 MOE = dict(recompute_granularity="selective", recompute_modules=["moe"])
@@ -70,7 +72,8 @@ def counting(buffer, counts):
 
     def count(name, call):
         def counted(*args, **options):
-            counts[name] += 1
+            is_routing = args[0].shape[1] * args[0].element_size() == ROUTING_BYTES
+            counts["routing" if is_routing else name] += 1
             return call(*args, **options)
 
         return counted

@@ -1,10 +1,13 @@
 """A layer that is recomputed in the backward does not communicate again, unless asked to.
 
-Whoever recomputes, output and all gradients have the bits of the layer that is not recomputed.
+Whoever recomputes, output and all gradients have the bits of the layer that is not recomputed
+(on a GPU up to the rounding of Megatron's own sums, whose order changes).
 """
 
 import pytest
 import recompute_cases as cases
+import torch
+from differences import GPU_ROUNDING
 from moe_layers import Case, assert_close
 from recompute_cases import SHARED
 
@@ -19,14 +22,15 @@ def check(ranks, *, options, num_calls, num_chunks, again=False):
 
 def check_results(by_rank, num_calls):
     for results, counts, without in by_rank:
-        expected = {"dispatch": num_calls["plain"], "combine": num_calls["plain"]}
-        assert without == expected
+        assert without["dispatch"] == without["combine"] == num_calls["plain"]
         for name, counted in counts.items():
             calls = num_calls.get(name, num_calls["recomputed"])
-            assert counted == {"dispatch": calls, "combine": calls}, name
+            assert counted["dispatch"] == counted["combine"] == calls, name
         for name, differences in zip(counts, results, strict=True):
             assert len(differences) >= 5
-            wrong = [d for d in differences if not d.is_bitwise and not d.scale]
+            wrong = [
+                d for d in differences if not d.max_abs <= d.scale * GPU_ROUNDING[torch.float64]
+            ]
             assert not wrong, f"{name}: {wrong}"
 
 
@@ -80,7 +84,7 @@ def test_a_second_backward_communicates(ranks):
     for (first, second), ((difference,),) in ranks.run(cases.run_backward_twice):
         assert first == {"dispatch": 1, "combine": 1}
         assert second == {"dispatch": 2, "combine": 2}
-        assert difference.is_bitwise
+        assert difference.max_abs <= difference.scale * GPU_ROUNDING[torch.float64]
 
 
 def test_the_checkpoint_of_transformer_engine_is_reached(ranks):
