@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ep_kernels import CombineResult, DispatchResult
+from megatron_ep.fp8_rows import quantise, received_rows
 
 
 class DispatchFunction(torch.autograd.Function):
@@ -34,12 +35,16 @@ class DispatchFunction(torch.autograd.Function):
         buffer: Any,
         options: dict[str, Any],
         kept: DispatchResult | None = None,
+        fp8: bool = False,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, DispatchResult]:
         """Returns recv_x, recv_topk_weights and the whole result."""
-        result: DispatchResult = kept or buffer.dispatch(x, topk_idx, topk_weights, **options)
+        result = kept
+        if result is None:
+            rows = quantise(x) if fp8 else x
+            result = buffer.dispatch(rows, topk_idx, topk_weights, **options)
         ctx.buffer, ctx.handle = buffer, result.handle
         ctx.num_sms = options.get("num_sms")
-        return _alias(result.recv_x), _alias(result.recv_topk_weights), result
+        return received_rows(result, x.dtype), _alias(result.recv_topk_weights), result
 
     @staticmethod
     def backward(
@@ -52,7 +57,7 @@ class DispatchFunction(torch.autograd.Function):
             ctx.handle,
             {"num_sms": ctx.num_sms},
         )
-        return grad_x, grad_weights, None, None, None, None
+        return grad_x, grad_weights, None, None, None, None, None
 
 
 class CombineFunction(torch.autograd.Function):
@@ -98,7 +103,9 @@ def dispatch(
     topk_idx: torch.Tensor | None,
     topk_weights: torch.Tensor | None = None,
     *,
+    fp8: bool = False,
     kept: DispatchResult | None = None,
+    delivered: list[DispatchResult] | None = None,
     **options: Any,
 ) -> DispatchResult:
     """Buffer.dispatch with gradients for x and topk_weights.
@@ -111,8 +118,11 @@ def dispatch(
         x: [T, H] float64, float32, float16 or bfloat16.
         topk_idx: [T, K] int64, -1 chooses none; None with a handle among the options.
         topk_weights: [T, K] float32 or float64, or None.
-        kept: what the same dispatch gave before: the result, without communication. The backward
-            communicates.
+        fp8: rows travel as fp8 and are dequantised on arrival, for which the current stream waits
+            for them; their gradients travel in the dtype of x.
+        kept: what the same dispatch delivered before, to be had again without communication. The
+            backward communicates.
+        delivered: is given what Buffer.dispatch gave, to be kept.
         **options: those of Buffer.dispatch except `capacity`: gradients of rows that a capacity
             leaves unfilled would be undefined.
 
@@ -133,9 +143,11 @@ def dispatch(
     if options.get("capacity") is not None:
         raise TypeError(f"capacity={options['capacity']} is not supported with gradients")
     recv_x, weights, result = DispatchFunction.apply(
-        x, topk_weights, topk_idx, buffer, options, kept
+        x, topk_weights, topk_idx, buffer, options, kept, fp8
     )
-    return replace(result, recv_x=recv_x, recv_topk_weights=weights)
+    if delivered is not None:
+        delivered.append(result)
+    return replace(result, recv_x=recv_x, recv_scales=None, recv_topk_weights=weights)
 
 
 def combine(

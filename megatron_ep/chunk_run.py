@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from ep_kernels import CombineResult, Layout
 from ep_kernels.event import Event
 from megatron_ep.choose_chunks import StopWatch
+from megatron_ep.fp8_rows import quantise, received_rows
 from megatron_ep.pipeline import CallStream, run_pipeline
 from megatron_ep.recompute import Transfers
 from megatron_ep.routing import route
@@ -54,11 +55,13 @@ class Run:
         self, hidden: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, list[Chunk]]:
         """Output, and the chunks for backward()."""
+        chunks: list[Chunk]
         if self.kept is not None:
             self._start_shared_experts()
-            return self.kept.combined.x.detach(), [self._compute(one) for one in self.kept.sent]
+            chunks = [self._compute(one, hidden.dtype) for one in self.kept.sent]
+            return self.kept.combined.x.detach(), chunks
         sent: list[Any] | None = [] if self.layer.token_dispatcher.keeps_transfers else None
-        chunks: list[Chunk] = []
+        chunks = []
         buffer = self.layer.token_dispatcher.buffer(hidden.device)
 
         def compute(arrived: Any) -> tuple[torch.Tensor, Any]:
@@ -68,7 +71,7 @@ class Run:
             if sent is not None:
                 sent.append(arrived)
             with self.watch.experts():
-                chunks.append(self._compute(arrived))
+                chunks.append(self._compute(arrived, hidden.dtype))
             return chunks[-1].output.detach().contiguous(), arrived.handle
 
         def send_back(output: torch.Tensor, handle: Any) -> Any:
@@ -127,20 +130,24 @@ class Run:
         """Sends one chunk after the other. The routings of all are there before the first chunk
         goes: a host that asked for a later one would have to wait for the transfers before it.
         """
-        parts = [t.tensor_split(self.num_chunks) for t in (hidden, self.topk_idx, probs)]
+        dispatcher, num_chunks = self.layer.token_dispatcher, self.num_chunks
+        parts = [t.tensor_split(num_chunks) for t in (hidden, self.topk_idx, probs)]
         options = {
             "layout": Layout.EXPERT_MAJOR,
-            "expert_alignment": self.layer.token_dispatcher.expert_alignment,
+            "expert_alignment": dispatcher.expert_alignment,
             "async_op": True,
         }
         first, *others = zip(*parts)
         handles = [route(buffer, rows, topk_idx, **options) for rows, topk_idx, _ in others]
-        yield buffer.dispatch(*first, **options)
-        for (rows, _, weights), handle in zip(others, handles):
+        outgoing: list[Any] = list(parts[0])
+        if dispatcher.sends_fp8:
+            outgoing = list(zip(*(t.tensor_split(num_chunks) for t in quantise(hidden))))
+        yield buffer.dispatch(outgoing[0], *first[1:], **options)
+        for rows, (_, _, weights), handle in zip(outgoing[1:], others, handles):
             yield buffer.dispatch(rows, topk_weights=weights, handle=handle, async_op=True)
 
-    def _compute(self, arrived: Any) -> Chunk:
-        rows = arrived.recv_x.detach().requires_grad_(self.is_training)
+    def _compute(self, arrived: Any, dtype: torch.dtype) -> Chunk:
+        rows = received_rows(arrived, dtype).requires_grad_(self.is_training)
         weights = arrived.recv_topk_weights.detach().requires_grad_(self.is_training)
         dispatcher = self.layer.token_dispatcher
         with torch.set_grad_enabled(self.is_training):

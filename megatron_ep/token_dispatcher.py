@@ -30,6 +30,7 @@ from megatron.core.utils import get_pg_rank
 from ep_kernels import CombineResult, DispatchResult, Layout
 from megatron_ep.autograd import combine, dispatch
 from megatron_ep.buffers import current_options, get_buffer
+from megatron_ep.fp8_rows import check_fp8_hidden
 from megatron_ep.recompute import (
     Transfers,
     keep,
@@ -61,7 +62,8 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         pg_collection: process groups; ep, expt_tp and tp_ep are used.
 
     Raises:
-        ValueError: experts or ranks are not in the order that Megatron-Core gives them.
+        ValueError: experts or ranks are not in the order that Megatron-Core gives them, or the
+            hidden size does not suit fp8 rows, which the options ask for.
     """
 
     def __init__(
@@ -81,7 +83,11 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         self._check_placement()
         self._num_topk = self._num_topk_of_graph()
         self.cudagraph_attrs = ["topk_idx"]
-        self._recomputes_transfers = current_options().recompute_transfers
+        options = current_options()
+        self._recomputes_transfers = options.recompute_transfers
+        self.sends_fp8 = options.fp8_dispatch
+        if self.sends_fp8:
+            check_fp8_hidden(getattr(config, "moe_latent_size", None) or config.hidden_size)
         # Between the calls of one forward; nothing that carries gradients:
         self.topk_idx: torch.Tensor | None = None
         self._hidden_shape: Any = None
@@ -181,12 +187,15 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
             [N, H] rows grouped by local expert and [N] probabilities.
         """
         topk_idx, self._kept = self.take_routing()
+        delivered: list[DispatchResult] = []
         sent: Any = dispatch(
             self.buffer(hidden_states.device),
             hidden_states,
             topk_idx,
             probs,
+            fp8=self.sends_fp8,
             kept=None if self._kept is None else self._kept.sent[0],
+            delivered=delivered,
             layout=Layout.EXPERT_MAJOR,
             expert_alignment=self.expert_alignment,
             async_op=self.shared_experts is not None,
@@ -194,7 +203,7 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         self._handle, self._event = sent.handle, sent.event
         self._tokens_per_expert = self.tokens_per_expert(sent)
         if self._kept is None and self.keeps_transfers:
-            self._to_keep = topk_idx, sent
+            self._to_keep = topk_idx, delivered[0]
         return sent.recv_x, sent.recv_topk_weights
 
     def dispatch_postprocess(

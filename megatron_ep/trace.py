@@ -159,7 +159,9 @@ class TracedBuffer:
 
     def dispatch(self, *arguments: Any, **options: Any) -> Any:
         rows = arguments[0]
-        is_routing = rows.shape[1] * rows.element_size() == ROUTING_BYTES
+        is_routing = (
+            isinstance(rows, torch.Tensor) and rows.shape[1] * rows.element_size() == ROUTING_BYTES
+        )
         return self._tracer.trace_transfer(
             "routing" if is_routing else "dispatch",
             lambda: self._buffer.dispatch(*arguments, **options),

@@ -198,7 +198,8 @@ def make_layer(case: Case, grid: Grid, dispatcher: str, *, seed: int = SEED) -> 
 def make_input(rank: int, case: Case, *, micro_batch: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states [S, 2, HIDDEN] and the gradient of the output, a rank's own."""
     generator = torch.Generator().manual_seed(SEED + 1000 * micro_batch + rank)
-    shape = (case.seq_length[rank % len(case.seq_length)], 2, HIDDEN)
+    width = case.options.get("hidden_size", HIDDEN)
+    shape = (case.seq_length[rank % len(case.seq_length)], 2, width)
     hidden, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
     device = rank_device()
     return hidden.to(device, case.dtype).requires_grad_(), grad.to(device, case.dtype)

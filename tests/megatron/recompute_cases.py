@@ -72,7 +72,8 @@ def counting(buffer, counts):
 
     def count(name, call):
         def counted(*args, **options):
-            is_routing = args[0].shape[1] * args[0].element_size() == ROUTING_BYTES
+            rows = args[0][0] if isinstance(args[0], tuple) else args[0]
+            is_routing = rows.shape[1] * rows.element_size() == ROUTING_BYTES
             counts["routing" if is_routing else name] += 1
             return call(*args, **options)
 
