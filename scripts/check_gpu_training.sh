@@ -8,13 +8,15 @@ Usage: scripts/check_gpu_training.sh [--output DIR] [--data PREFIX] [STEP ...]
 
 Runs these steps, all of them even when one fails, and prints their numbers as they come:
 
-  layer   the tests of the MoE layer and of its chunks: deepep computes what alltoall does
+  layer   the tests of the MoE layer, its chunks and recomputation: deepep computes what alltoall does
   fp32    trains a small MoE GPT with 2 ranks under alltoall, deepep and deepep in 2 chunks, and
           compares the losses
   bf16    the same in bf16
   fp8     the same in FP8, where Transformer Engine is installed
   bench2  times one MoE layer under all dispatchers with 2 ranks, and writes its timeline
   bench4  the same with 4 ranks
+  host    where the host's time goes in that layer with 4 ranks, what a chunk adds, how much is hidden;
+          as it is, and with experts that take as long as the transfers
 
 Without a STEP: all. The status is 0 if every step was. Ranks that share a GPU get an MPS daemon of
 their own. Needs the packages of the extras megatron and dev, and the compiled core with its CUDA part.
@@ -53,12 +55,12 @@ while [ $# -gt 0 ]; do
       usage
       exit 0
       ;;
-    layer | fp32 | bf16 | fp8 | bench2 | bench4) steps+=("$1") ;;
+    layer | fp32 | bf16 | fp8 | bench2 | bench4 | host) steps+=("$1") ;;
     *) die "unknown step or option $1 (see --help)" ;;
   esac
   shift
 done
-[ ${#steps[@]} -gt 0 ] || steps=(layer fp32 bf16 fp8 bench2 bench4)
+[ ${#steps[@]} -gt 0 ] || steps=(layer fp32 bf16 fp8 bench2 bench4 host)
 
 num_gpus=$(python -c 'import torch; print(torch.cuda.device_count())') || die "torch cannot be imported"
 [ "$num_gpus" -gt 0 ] || die "torch finds no CUDA device"
@@ -131,14 +133,25 @@ train_all() {
     --within "$bound"
 }
 
+# Runs the benchmark of the layer with "$2" ranks; "$1" names the run, the rest are flags.
 bench() {
-  local count=$1 te=()
+  local name=$1 count=$2 te=()
+  shift 2
   [ "$has_te" = no ] || te=(--te)
   # shellcheck disable=SC2046,SC2086  # words
-  run "bench$count" $(ranks "$count" megatron_ep.bench) --device cuda "${te[@]}" \
-    --hidden 4096 --ffn-hidden 256 --experts 64 --topk 8 --tokens 2048 \
-    --dispatchers alltoall allgather deepep deepep/2 deepep/4 deepep/8 \
-    --trace "$output/bench$count.json" ${BENCH_FLAGS:-}
+  run "$name" $(ranks "$count" megatron_ep.bench) --device cuda "${te[@]}" \
+    --hidden 4096 --ffn-hidden 256 --experts 64 --topk 8 --tokens 2048 "$@" ${BENCH_FLAGS:-}
+}
+
+compare_dispatchers() {
+  bench "bench$1" "$1" --dispatchers alltoall allgather deepep deepep/2 deepep/4 deepep/8 \
+    --trace "$output/bench$1.json"
+}
+
+look_at_host() {
+  local flags=(--profile --overlap --dispatchers deepep deepep/2 deepep/4 deepep/auto)
+  bench host 4 --warmup 7 "${flags[@]}"
+  bench host-balanced 4 --warmup 7 --balance --tokens 8192 "${flags[@]}"
 }
 
 te_flags=()
@@ -148,7 +161,8 @@ for step in "${steps[@]}"; do
   case $step in
     layer)
       run layer python -m pytest -q -p no:cacheprovider tests/megatron/test_moe_layer.py \
-        tests/megatron/test_overlap.py tests/megatron/test_trace.py -k "cuda and not tp2 and not tp4"
+        tests/megatron/test_overlap.py tests/megatron/test_trace.py \
+        tests/megatron/test_recompute.py -k "cuda and not tp2 and not tp4"
       ;;
     fp32) train_all fp32 1e-3 --transformer-impl local ;;
     bf16) train_all bf16 0.1 --precision bf16 "${te_flags[@]}" ;;
@@ -160,8 +174,9 @@ for step in "${steps[@]}"; do
         say "fp8: left out, since Transformer Engine cannot be imported"
       fi
       ;;
-    bench2) bench 2 ;;
-    bench4) bench 4 ;;
+    bench2) compare_dispatchers 2 ;;
+    bench4) compare_dispatchers 4 ;;
+    host) look_at_host ;;
   esac
 done
 
