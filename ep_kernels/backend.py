@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CallOptions:
-    """How a call runs; see Buffer.dispatch()."""
+    """How a call runs, and what it counts; see Buffer.dispatch()."""
 
     async_op: bool
     previous_event: Event | None
     num_sms: int | None
+    cumulative_recv_stats: torch.Tensor | None = None
+    wait_recv_cost_stats: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,10 @@ class HierarchicalBackend(CpuBackend):
     """
 
     _lane: Lane | None = None
+    _waits: int | None = None
+    """Address of the statistics of the call under way: waits for each rank, if it counts them."""
+    _wait: tuple[int, int]
+    """The rank of another node that this one waits for, and since when."""
 
     def __init__(self, bootstrap: Bootstrap, settings: Settings, topology: Topology) -> None:
         self._steps = lane_library()
@@ -94,7 +99,7 @@ class HierarchicalBackend(CpuBackend):
         entry = self._routes.add(seq, memory)
 
         def body() -> None:
-            with self._call(seq):
+            with self._call(seq, args.wait_recv_cost_stats):
                 self._plan(seq, args, entry, post)
 
         self._queue.run(body)
@@ -113,7 +118,7 @@ class HierarchicalBackend(CpuBackend):
         entry = self._routes.find(seq)
 
         def body() -> None:
-            with self._call(seq):
+            with self._call(seq, args.wait_recv_cost_stats):
                 offers, no_memory = self._exchange_offers(seq, args, error)
                 if no_memory is None:
                     self._move_rows(seq, args, entry, offers)
@@ -135,7 +140,7 @@ class HierarchicalBackend(CpuBackend):
         entry = known or self._routes.add(seq, memory)
 
         def body() -> None:
-            with self._call(seq):
+            with self._call(seq, args.wait_recv_cost_stats):
                 if is_fresh:
                     offers = self._plan(seq, args, entry, post)
                 else:
@@ -153,8 +158,8 @@ class HierarchicalBackend(CpuBackend):
         seq = self._begin()
 
         def body() -> None:
-            with self._call(seq):
-                self._step("wait_slot", seq)
+            with self._call(seq, args.wait_recv_cost_stats):
+                self._step("wait_slot", seq, self._waits)
                 self._step("stage_rows", ctypes.byref(args))
                 offers = self._announce(seq, post).offers
                 leg = CombineLeg(self._step, self._topology, args, entry.routes, offers)
@@ -208,6 +213,12 @@ class HierarchicalBackend(CpuBackend):
 
     def _waiting_for(self, rank: int) -> None:
         self._step("waiting_for", rank)
+        now_ns = time.monotonic_ns()
+        if rank < 0 and self._waits is not None:
+            awaited, begin_ns = self._wait
+            waits = (ctypes.c_int64 * self._topology.num_ranks).from_address(self._waits)
+            waits[awaited] += (now_ns - begin_ns) // 1000
+        self._wait = rank, now_ns
 
     def _begin(self) -> int:
         seq = ctypes.c_uint64()
@@ -215,10 +226,11 @@ class HierarchicalBackend(CpuBackend):
         return seq.value
 
     @contextlib.contextmanager
-    def _call(self, seq: int) -> Iterator[None]:
+    def _call(self, seq: int, waits: int | None = None) -> Iterator[None]:
         """Tells the peers that this rank is through with a call that all of them refuse, or whom it
         lost, or that it failed itself: then they need not wait for what it still owed them."""
         self._step("check_usable")
+        self._waits = waits
         rank = self._topology.rank
         try:
             yield
@@ -233,6 +245,8 @@ class HierarchicalBackend(CpuBackend):
         except BaseException as error:
             self._fail(rank, TRANSFER_PHASE, f"rank {rank}: {type(error).__name__}: {error}")
             raise
+        finally:
+            self._waits = None
 
     def _fail(self, culprit: int, phase: int, reason: str) -> None:
         self._step("fail", culprit, phase, reason.encode())
@@ -256,10 +270,11 @@ class HierarchicalBackend(CpuBackend):
         leg = DispatchLeg(self._step, seq, args, entry.routes, offers)
         self._window.run(seq, leg)
         self._finish(seq)
+        self._step("add_recv_stats", ctypes.byref(args))
 
     def _finish(self, seq: int) -> None:
         self._step("done", seq)
-        self._step("wait_done", seq)
+        self._step("wait_done", seq, self._waits)
 
     # Posts and offers
 
@@ -290,10 +305,10 @@ class HierarchicalBackend(CpuBackend):
 
     def _announce(self, seq: int, post: torch.Tensor) -> _Announced:
         """Posts to all ranks and waits for theirs."""
-        self._step("wait_slot", seq)
+        self._step("wait_slot", seq, self._waits)
         offers = self._new_offers()
         posts = self._relay(seq, post, Message(seq=seq, kind=POST, phase=POST_PHASE))
-        self._step("wait_posts", seq, offers.data_ptr())
+        self._step("wait_posts", seq, offers.data_ptr(), self._waits)
         return _Announced(offers, posts)
 
     def _new_offers(self) -> torch.Tensor:
@@ -310,7 +325,7 @@ class HierarchicalBackend(CpuBackend):
         offers = self._new_offers()
         self._relay(seq, offer, Message(seq=seq, kind=OFFER, phase=OFFER_PHASE))
         try:
-            self._step("wait_offers", seq, offers.data_ptr())
+            self._step("wait_offers", seq, offers.data_ptr(), self._waits)
         except EPDeviceError as no_memory:
             return offers, no_memory.with_traceback(None)
         return offers, None

@@ -14,6 +14,7 @@
 #include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/elements.cuh"
 #include "cuda/device/work.cuh"
+#include "cuda/ht_stats.cuh"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/protocol.cuh"
@@ -305,6 +306,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     if (blockIdx.x == 0 && threadIdx.x == 0) stamp(record, kStampMoving);
     send_rows(group, args, pieces);
     pad_results(group, args);
+    if (blockIdx.x == 0) add_recv_stats(group, args);
   }
   finish_if_last(group, record);
 }
