@@ -98,6 +98,8 @@ class Exchange {
   /// writes it.
   void wait_flag(const uint64_t* flag, uint64_t expected, int peer, Phase phase,
                  int64_t* waited_us);
+  Clock::duration verdict_time() const;
+  bool waits_for_network(int proxy) const;
   /// Whom a wait for `proxy` is really for: for it, unless it waits for another node itself.
   int awaited_through(int proxy) const;
   [[noreturn]] void throw_expired(TimeoutRecord& record) const;
