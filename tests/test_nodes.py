@@ -356,8 +356,8 @@ def stop_at(name, *arguments, after):
 
 
 def on_rank_stopped_waiting(rank, case, operation, victim):
-    """The victim says that it waits for rank 1 and stops; its neighbour, for which it should pass on
-    what 1 has sent, gives up first."""
+    """The victim says that it waits for rank 1 and stops; its neighbour, for which it should pass
+    on what 1 has sent, gives up first."""
     group = Group(rank, case=case, timeout_s=2.0)
     dist.barrier()
     if rank == victim:
