@@ -375,8 +375,8 @@ def test_a_rank_that_was_stopped_while_it_waited_for_another_node_is_named_itsel
 
 
 def on_rank_waits_behind_its_neighbour(rank):
-    """2 stops when only node 0 has its offer: 3 waits for it, 1 for the rows of 3, and 0, whose rows
-    cross no network, for 1. The wait of 0 runs out first."""
+    """2 stops when only node 0 has its offer: 3 waits for it, 1 for the rows of 3, and 0, whose
+    rows cross no network, for 1. The wait of 0 runs out first."""
     world = World(CASE, rank)
     topk_idx = torch.arange(CASE.num_topk).expand(CASE.num_tokens[rank], -1)
     is_at_home = rank in (0, 2)
