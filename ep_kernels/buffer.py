@@ -83,7 +83,7 @@ class Buffer(LowLatencyCalls):
         To go on without a rank that was lost:
         >>> except EPTimeoutError as error:
         ...     buffer.destroy()
-        ...     remaining = remaining_ranks(ranks=remaining, lost=error.peer)
+        ...     remaining = remaining_ranks(error, ranks=remaining)
         ...     buffer = Buffer(ranks=remaining, num_experts=8, expert_to_rank=new_placement)
     """
 

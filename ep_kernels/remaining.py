@@ -14,8 +14,7 @@ from typing import Any
 
 from ep_kernels import env
 from ep_kernels.bootstrap import check_ranks, reporting_lost_store
-from ep_kernels.checks import check_int
-from ep_kernels.errors import EPTimeoutError
+from ep_kernels.errors import EPConfigError, EPTimeoutError
 
 _POLL_S = 0.005
 _calls: dict[str, int] = {}
@@ -23,10 +22,10 @@ _calls: dict[str, int] = {}
 
 
 def remaining_ranks(
-    group: Any = None,
+    error: EPTimeoutError,
     *,
+    group: Any = None,
     ranks: Sequence[int] | None = None,
-    lost: int,
     timeout_s: float | None = None,
 ) -> list[int]:
     """Those of `ranks` that make this call, too; for Buffer(ranks=).
@@ -35,10 +34,9 @@ def remaining_ranks(
     come but those that somebody gave up on, or else after timeout_s, without the absent.
 
     Args:
-        group: as of the buffer that failed.
+        error: what a call of the buffer, or its making, raised.
+        group: as given to the buffer.
         ranks: the same.
-        lost: `EPTimeoutError.peer` of the call that failed, which counts ranks as that buffer does;
-            this rank itself, if the others gave up on it.
         timeout_s: how long to wait for a rank. None: 60, or EP_KERNELS_TIMEOUT_S. Ranks learn of a
             loss in their next call, so it should be longer than what a rank does between calls.
 
@@ -46,21 +44,21 @@ def remaining_ranks(
         Ranks of the group, ascending; the same list on all ranks that are in it.
 
     Raises:
-        EPConfigError: ranks are none of the group, or `lost` is none of them.
+        EPConfigError: ranks are none of the group, or `error` names none of them.
         EPDeviceError: the process that kept the group's store is gone.
         EPTimeoutError: the others have gone on without this rank.
 
     Example:
-        Ranks 0 to 3, of which 2 and 3 die. Rank 0 has lost=2, rank 1 has lost=3: both get [0, 1].
+        Ranks 0 to 3, of which 2 and 3 die. Rank 0 is told of 2, rank 1 of 3: both get [0, 1].
     """
     bootstrap, members = check_ranks(group, ranks)
-    check_int("lost", lost, low=0, high=len(members) - 1)
+    lost = _lost_rank(error, members)
     wait_s = env.default_timeout_s() if timeout_s is None else timeout_s
     name = f"ep_kernels/remaining/{bootstrap.name}/{'-'.join(map(str, members))}"
     number = _calls[name] = _calls.get(name, 0) + 1
     with reporting_lost_store():
         call = _RollCall(f"{name}/{number}", members, bootstrap.rank)
-        found = call.decide(members[lost], wait_s)
+        found = call.decide(lost, wait_s)
     if bootstrap.rank not in found:
         raise EPTimeoutError(
             f"rank {bootstrap.rank} came too late: of ranks {members}, {found} go on without it",
@@ -69,6 +67,18 @@ def remaining_ranks(
             peer=bootstrap.rank,
         )
     return found
+
+
+def _lost_rank(error: Any, members: list[int]) -> int:
+    """As a rank of the group. Calls name ranks as their buffer numbers them."""
+    if not isinstance(error, EPTimeoutError):
+        raise EPConfigError(f"error={error!r} is no EPTimeoutError")
+    known = {rank: rank for rank in members}
+    if error.phase != "bootstrap":
+        known = dict(enumerate(members))
+    if error.peer is None or error.peer not in known:
+        raise EPConfigError(f"error.peer={error.peer} is no rank of a buffer of ranks {members}")
+    return known[error.peer]
 
 
 class _RollCall:

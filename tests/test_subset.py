@@ -65,7 +65,7 @@ def on_rank_lost(rank, backend, operation, how):
     assert isinstance(lost, EPTimeoutError)
     assert lost.peer == VICTIM, str(lost)
     group.destroy()
-    remaining = remaining_ranks(lost=lost.peer)
+    remaining = remaining_ranks(lost)
     check_buffer(backend, remaining)
     return remaining
 
@@ -124,7 +124,7 @@ def on_rank_loses_two(rank, backend, losses):
         lost = error_of(training.run, timeout_s=timeout_s, how=how if rank == victim else None)
         assert isinstance(lost, EPTimeoutError), repr(lost)
         assert training.remaining[lost.peer] == victim, str(lost)
-        training.remaining = remaining_ranks(ranks=training.remaining, lost=lost.peer)
+        training.remaining = remaining_ranks(lost, ranks=training.remaining)
         training.run(2, timeout_s=30.0)
     return training.remaining
 
@@ -146,7 +146,7 @@ def on_rank_loses_several(rank, backend, victims):
         os.kill(os.getpid(), signal.SIGKILL)
     lost = error_of(call_for_ever, group, "dispatch")
     group.destroy()
-    remaining = remaining_ranks(lost=lost.peer, timeout_s=2.0)
+    remaining = remaining_ranks(lost, timeout_s=2.0)
     check_buffer(backend, remaining)
     return remaining
 
@@ -158,26 +158,51 @@ def test_ranks_that_lose_several_at_once_agree_on_who_remains(launch, backend):
     assert result.values == [[0, 2], None, [0, 2], None]
 
 
+def gave_up_on(peer, phase="done"):
+    return EPTimeoutError("lost", rank=0, phase=phase, peer=peer)
+
+
 def on_rank_agrees(rank):
     """1 and 3 gave up on each other, but both are there when 0, whom nobody gave up on, comes."""
     time.sleep(0.3 if rank == 0 else 0.0)
     if rank != 2:
-        assert remaining_ranks(lost={0: 2, 1: 3, 3: 1}[rank]) == [0, 1, 3]
+        assert remaining_ranks(gave_up_on({0: 2, 1: 3, 3: 1}[rank])) == [0, 1, 3]
     dist.barrier()
     if rank == 2:
         with pytest.raises(EPTimeoutError, match=r"came too late: .*\[0, 1, 3\] go on") as info:
-            remaining_ranks(lost=2)
+            remaining_ranks(gave_up_on(2))
         assert info.value.peer == 2
+
+
+def on_rank_lost_meanwhile(rank, backend):
+    """1 is lost before a buffer of 1, 2 and 3 is made: the others go on from there."""
+    ranks = [1, 2, 3]
+    if rank in (0, 1):
+        return None
+    lost = error_of(cases.make_buffer, backend, num_experts=12, ranks=ranks, timeout_s=0.5)
+    assert lost.peer == 1
+    remaining = remaining_ranks(lost, ranks=ranks)
+    check_buffer(backend, remaining)
+    return remaining
+
+
+@DEVICES
+@FOUR_RANKS
+def test_a_rank_that_is_lost_before_the_new_buffer_is_made_is_left_out_too(
+    launch, backend, num_ranks
+):
+    result = launch(on_rank_lost_meanwhile, backend, num_ranks=num_ranks)
+    assert result.values == [None, None, [2, 3], [2, 3]]
 
 
 def on_rank_in_vain(rank):
     """1 waits for 0, which nobody gave up on, and then goes on alone."""
     if rank == 1:
-        assert remaining_ranks(ranks=[0, 1, 3], lost=2, timeout_s=0.05) == [1]
+        assert remaining_ranks(gave_up_on(2), ranks=[0, 1, 3], timeout_s=0.05) == [1]
     dist.barrier()
     if rank == 0:
         with pytest.raises(EPTimeoutError, match=r"of ranks \[0, 1, 3\], \[1\] go on"):
-            remaining_ranks(ranks=[0, 1, 3], lost=2, timeout_s=0.05)
+            remaining_ranks(gave_up_on(2), ranks=[0, 1, 3], timeout_s=0.05)
 
 
 @FOUR_RANKS
@@ -191,11 +216,13 @@ def test_a_rank_that_does_not_ask_in_time_is_left_out_and_told_so(launch, num_ra
 
 
 def on_rank_asks_wrongly(rank):
-    for wrong in (-1, 2, True, None):
-        with pytest.raises(EPConfigError, match=f"lost={wrong}"):
-            remaining_ranks(lost=wrong)
+    for peer, phase in ((-1, "done"), (2, "done"), (None, "done"), (2, "bootstrap")):
+        with pytest.raises(EPConfigError, match=rf"error\.peer={peer} .* of ranks \[0, 1\]"):
+            remaining_ranks(gave_up_on(peer, phase))
+    with pytest.raises(EPConfigError, match="error=1 is no EPTimeoutError"):
+        remaining_ranks(1)
     with pytest.raises(EPConfigError, match="are not ascending ranks of the group, 0 to 1"):
-        remaining_ranks(ranks=[1, 0], lost=0)
+        remaining_ranks(gave_up_on(0), ranks=[1, 0])
 
 
 def test_a_lost_rank_that_is_none_is_refused(ranks):
