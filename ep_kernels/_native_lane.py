@@ -140,7 +140,6 @@ _SIGNATURES: Signatures = {
     "ep_lane_wait_offers": (c_int32, [c_void_p, c_uint64, c_void_p, c_void_p, _ERROR]),
     "ep_lane_done": (c_int32, [c_void_p, c_uint64, _ERROR]),
     "ep_lane_wait_done": (c_int32, [c_void_p, c_uint64, c_void_p, _ERROR]),
-    "ep_lane_add_recv_stats": (c_int32, [c_void_p, POINTER(DispatchArgs), _ERROR]),
     "ep_lane_waiting_for": (c_int32, [c_void_p, c_int32, _ERROR]),
     "ep_lane_fail": (c_int32, [c_void_p, c_int32, c_int32, c_char_p, _ERROR]),
     "ep_lane_clear_routing": (c_int32, [c_void_p, POINTER(DispatchArgs), _ERROR]),

@@ -54,6 +54,8 @@ def remaining_ranks(
     bootstrap, members = check_ranks(group, ranks)
     lost = _lost_rank(error, members)
     wait_s = env.default_timeout_s() if timeout_s is None else timeout_s
+    if not isinstance(wait_s, (int, float)) or not wait_s > 0:
+        raise EPConfigError(f"timeout_s={timeout_s!r} is not a positive number")
     name = f"ep_kernels/remaining/{bootstrap.name}/{'-'.join(map(str, members))}"
     number = _calls[name] = _calls.get(name, 0) + 1
     with reporting_lost_store():

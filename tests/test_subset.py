@@ -219,6 +219,9 @@ def on_rank_asks_wrongly(rank):
     for peer, phase in ((-1, "done"), (2, "done"), (None, "done"), (2, "bootstrap")):
         with pytest.raises(EPConfigError, match=rf"error\.peer={peer} .* of ranks \[0, 1\]"):
             remaining_ranks(gave_up_on(peer, phase))
+    for wrong in (0, "soon"):
+        with pytest.raises(EPConfigError, match=f"timeout_s={wrong!r} is not a positive number"):
+            remaining_ranks(gave_up_on(0), timeout_s=wrong)
     with pytest.raises(EPConfigError, match="error=1 is no EPTimeoutError"):
         remaining_ranks(1)
     with pytest.raises(EPConfigError, match="are not ascending ranks of the group, 0 to 1"):

@@ -133,10 +133,6 @@ int32_t ep_lane_wait_done(EpBuffer* buffer, uint64_t seq, int64_t* waited_us, Ep
   return guarded(error, [&] { buffer->impl.exchange().wait_done(seq, waited_us); });
 }
 
-int32_t ep_lane_add_recv_stats(EpBuffer* buffer, const ep::HtDispatchArgs* args, EpError* error) {
-  return guarded(error, [&] { ep::cpu::add_recv_stats(buffer->impl.group(), *args); });
-}
-
 int32_t ep_lane_waiting_for(EpBuffer* buffer, int32_t rank, EpError* error) {
   return guarded(error, [&] { buffer->impl.exchange().send_waiting_for(rank); });
 }

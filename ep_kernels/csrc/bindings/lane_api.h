@@ -44,9 +44,6 @@ EP_API int32_t ep_lane_wait_offers(EpBuffer* buffer, uint64_t seq, ep::Offer* of
 EP_API int32_t ep_lane_done(EpBuffer* buffer, uint64_t seq, EpError* error);
 EP_API int32_t ep_lane_wait_done(EpBuffer* buffer, uint64_t seq, int64_t* waited_us,
                                  EpError* error);
-/// Counts the tokens of a dispatch that is over in its caller's statistics.
-EP_API int32_t ep_lane_add_recv_stats(EpBuffer* buffer, const ep::HtDispatchArgs* args,
-                                      EpError* error);
 /// Says for which rank of another node this rank waits, -1 = none.
 EP_API int32_t ep_lane_waiting_for(EpBuffer* buffer, int32_t rank, EpError* error);
 /// Ends all use of the buffer: this rank gave up on `peer`.
