@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -65,12 +66,17 @@ class HierarchicalBackend(CpuBackend):
     """
 
     _lane: Lane | None = None
+    _wait: tuple[int, int]
+    """The rank of another node that this one waits for, and since when."""
 
     def __init__(self, bootstrap: Bootstrap, settings: Settings, topology: Topology) -> None:
         self._steps = lane_library()
         self._topology, self._staging_bytes = topology, settings.staging_bytes
         self._queue = CallQueue()
         self._routes = RouteBook()
+        self._waited_us = torch.zeros(
+            topology.num_ranks, dtype=torch.int64
+        )  # in the call under way
         super().__init__(bootstrap, settings, topology)
         try:
             self._lane = make_lane(bootstrap, topology, settings.timeout_s, self._waiting_for)
@@ -94,7 +100,7 @@ class HierarchicalBackend(CpuBackend):
         entry = self._routes.add(seq, memory)
 
         def body() -> None:
-            with self._call(seq):
+            with self._call(seq, options):
                 self._plan(seq, args, entry, post)
 
         self._queue.run(body)
@@ -113,10 +119,11 @@ class HierarchicalBackend(CpuBackend):
         entry = self._routes.find(seq)
 
         def body() -> None:
-            with self._call(seq):
+            with self._call(seq, options):
                 offers, no_memory = self._exchange_offers(seq, args, error)
                 if no_memory is None:
                     self._move_rows(seq, args, entry, offers)
+                    options.add_tokens(memory.num_recv_tokens_per_expert)
                 else:
                     self._step("done", seq)
             if no_memory is not None:
@@ -135,12 +142,13 @@ class HierarchicalBackend(CpuBackend):
         entry = known or self._routes.add(seq, memory)
 
         def body() -> None:
-            with self._call(seq):
+            with self._call(seq, options):
                 if is_fresh:
                     offers = self._plan(seq, args, entry, post)
                 else:
                     offers = self._announce(seq, post).offers
                 self._move_rows(seq, args, entry, offers)
+                options.add_tokens(memory.num_recv_tokens_per_expert)
 
         return seq, self._start(body, keep, options)
 
@@ -153,8 +161,8 @@ class HierarchicalBackend(CpuBackend):
         seq = self._begin()
 
         def body() -> None:
-            with self._call(seq):
-                self._step("wait_slot", seq)
+            with self._call(seq, options):
+                self._step("wait_slot", seq, self._waited_us.data_ptr())
                 self._step("stage_rows", ctypes.byref(args))
                 offers = self._announce(seq, post).offers
                 leg = CombineLeg(self._step, self._topology, args, entry.routes, offers)
@@ -208,6 +216,11 @@ class HierarchicalBackend(CpuBackend):
 
     def _waiting_for(self, rank: int) -> None:
         self._step("waiting_for", rank)
+        now_ns = time.monotonic_ns()
+        if rank < 0:
+            awaited, begin_ns = self._wait
+            self._waited_us[awaited] += (now_ns - begin_ns) // 1000
+        self._wait = rank, now_ns
 
     def _begin(self) -> int:
         seq = ctypes.c_uint64()
@@ -215,13 +228,16 @@ class HierarchicalBackend(CpuBackend):
         return seq.value
 
     @contextlib.contextmanager
-    def _call(self, seq: int) -> Iterator[None]:
+    def _call(self, seq: int, options: CallOptions | None = None) -> Iterator[None]:
         """Tells the peers that this rank is through with a call that all of them refuse, or whom it
         lost, or that it failed itself: then they need not wait for what it still owed them."""
         self._step("check_usable")
+        self._waited_us.zero_()
         rank = self._topology.rank
         try:
             yield
+            if options is not None:
+                options.add_waits(self._waited_us)
         except EPTimeoutError as error:
             phases = {name: number for number, name in _native.PHASES.items()}
             culprit = rank if error.peer is None else error.peer
@@ -259,7 +275,7 @@ class HierarchicalBackend(CpuBackend):
 
     def _finish(self, seq: int) -> None:
         self._step("done", seq)
-        self._step("wait_done", seq)
+        self._step("wait_done", seq, self._waited_us.data_ptr())
 
     # Posts and offers
 
@@ -290,10 +306,10 @@ class HierarchicalBackend(CpuBackend):
 
     def _announce(self, seq: int, post: torch.Tensor) -> _Announced:
         """Posts to all ranks and waits for theirs."""
-        self._step("wait_slot", seq)
+        self._step("wait_slot", seq, self._waited_us.data_ptr())
         offers = self._new_offers()
         posts = self._relay(seq, post, Message(seq=seq, kind=POST, phase=POST_PHASE))
-        self._step("wait_posts", seq, offers.data_ptr())
+        self._step("wait_posts", seq, offers.data_ptr(), self._waited_us.data_ptr())
         return _Announced(offers, posts)
 
     def _new_offers(self) -> torch.Tensor:
@@ -310,7 +326,7 @@ class HierarchicalBackend(CpuBackend):
         offers = self._new_offers()
         self._relay(seq, offer, Message(seq=seq, kind=OFFER, phase=OFFER_PHASE))
         try:
-            self._step("wait_offers", seq, offers.data_ptr())
+            self._step("wait_offers", seq, offers.data_ptr(), self._waited_us.data_ptr())
         except EPDeviceError as no_memory:
             return offers, no_memory.with_traceback(None)
         return offers, None

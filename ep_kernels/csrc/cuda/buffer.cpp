@@ -62,7 +62,7 @@ int64_t Buffer::dispatch_fresh(HtDispatchArgs args, const CallOrder& order, Rece
   validate(args);
   DeviceGuard guard(config_.device);
   take_scratch(args.sizes.num_tokens, order);
-  const int64_t call = begin_call(order);
+  const int64_t call = begin_call(order, args.wait_recv_cost_stats);
   launch_routing(call, args, make_post(Op::kDispatch, args.sizes));
   if (!wait_for_sizes(call)) {
     finish_call(call, order);
@@ -116,7 +116,7 @@ int64_t Buffer::dispatch(const HtDispatchArgs& args, const CallOrder& order) {
   DeviceGuard guard(config_.device);
   const bool is_fresh = args.sizes.handle_seq < 0;
   if (is_fresh) take_scratch(args.sizes.num_tokens, order);
-  const int64_t call = begin_call(order);
+  const int64_t call = begin_call(order, args.wait_recv_cost_stats);
   PostArgs post = make_post(is_fresh ? Op::kDispatch : Op::kCachedDispatch, args.sizes);
   post.offer = recv_offer(args);
   if (is_fresh) {
@@ -133,7 +133,7 @@ int64_t Buffer::combine(const HtCombineArgs& args, const CallOrder& order) {
   check_usable();
   validate(args);
   DeviceGuard guard(config_.device);
-  const int64_t call = begin_call(order);
+  const int64_t call = begin_call(order, args.wait_recv_cost_stats);
   const bool by_expert = static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor;
   const int64_t weights_per_row = by_expert ? 1 : args.sizes.num_topk;
   const auto stage = [&](int64_t offset, const uint8_t* from, int64_t row_bytes) {

@@ -174,7 +174,7 @@ class Buffer {
   void wait_for_record(const CallRecord& record) const;
   bool wait_for_sizes(int64_t call) const;
   /// Chooses the stream of the call and makes it wait for what the call has to come after.
-  int64_t begin_call(const CallOrder& order);
+  int64_t begin_call(const CallOrder& order, int64_t* waited_us = nullptr);
   int64_t begin_eager_call(const CallOrder& order);
   int64_t begin_captured_call(const CallOrder& order, unsigned long long capture);
   void follow(const CallOrder& order);

@@ -80,6 +80,9 @@ struct DeviceGroup {
   uint64_t timeout_ns;
   uint64_t remote_ranks;  ///< a bit for each rank to which a row crosses a link only once
   int is_captured;        ///< the call's record is shared: it keeps errors only
+  /// [num_ranks] or null: where the call under way counts the microseconds that it waits for each
+  /// rank. Device memory of the caller.
+  int64_t* waited_us;
   LocalState* state;
   uint8_t* segments[kMaxRanks];  ///< control region, then pool, of every rank
 

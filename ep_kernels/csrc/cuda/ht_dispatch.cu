@@ -15,6 +15,7 @@
 #include "cuda/device/work.cuh"
 #include "cuda/ht_padding.cuh"
 #include "cuda/ht_rows.cuh"
+#include "cuda/ht_stats.cuh"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/protocol.cuh"
@@ -244,6 +245,7 @@ __global__ void __launch_bounds__(kRowWarps* kWarpSize)
     if (blockIdx.x == 0 && threadIdx.x == 0) stamp(record, kStampMoving);
     send_rows(group, args, pieces);
     pad_results(group, args);
+    if (blockIdx.x == 0) add_recv_stats(group, args);
   }
   if (!is_last_block(group)) return;
   if (args.recv_chain >= 0)

@@ -57,7 +57,7 @@ __device__ inline void report_timeout(const DeviceGroup& group, CallRecord* reco
 
 /// Waits until `flag`, a word of this rank that `peer` writes, reaches `expected`. Ends early when
 /// the peer has given up or left, or another thread has ended the call.
-__device__ inline bool wait_flag(const DeviceGroup& group, CallRecord* record, const uint64_t* flag,
+__device__ inline bool poll_flag(const DeviceGroup& group, CallRecord* record, const uint64_t* flag,
                                  uint64_t expected, int peer, Phase phase) {
   const uint64_t deadline = now_ns() + group.timeout_ns;
   const PeerLine& line = peer_line(group, group.rank, peer);
@@ -77,6 +77,15 @@ __device__ inline bool wait_flag(const DeviceGroup& group, CallRecord* record, c
                     static_cast<int64_t>(expected), static_cast<int64_t>(seen)});
     return false;
   }
+}
+
+/// The same, and counts the wait if the call is to. The one thread that waits for this peer.
+__device__ inline bool wait_flag(const DeviceGroup& group, CallRecord* record, const uint64_t* flag,
+                                 uint64_t expected, int peer, Phase phase) {
+  const uint64_t start = group.waited_us ? now_ns() : 0;
+  const bool has_come = poll_flag(group, record, flag, expected, peer, phase);
+  if (group.waited_us) group.waited_us[peer] += static_cast<int64_t>((now_ns() - start) / 1000);
+  return has_come;
 }
 
 /// All threads: waits until every peer has finished the call that used this call's slots before.
