@@ -6,6 +6,8 @@ EP_KERNELS_NUM_THREADS  default of `Buffer(num_sms=)` on the CPU backend
 EP_KERNELS_NUM_SMS      the same on a GPU
 EP_KERNELS_POOL_BYTES   default of `Buffer(pool_bytes=)`
 EP_KERNELS_SIMD         scalar, avx2 or avx512: a slower path of the CPU core (read by the core)
+NVSHMEM_HOME            folder of NVSHMEM, if not that of its package in this Python
+NVSHMEM_...             read by NVSHMEM itself; set_nvshmem_defaults() fills in what is not set
 
 What torchrun, Open MPI and SLURM say about the launch is read, too: ranks of a node.
 """
@@ -63,6 +65,22 @@ def default_pool_bytes(device: str) -> int:
         return int(_number("EP_KERNELS_POOL_BYTES", torch.cuda.mem_get_info(device)[1] // 8))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(_number("EP_KERNELS_POOL_BYTES", memory))
+
+
+def nvshmem_home() -> str | None:
+    """The folder with NVSHMEM's lib/, if it was named."""
+    return os.environ.get("NVSHMEM_HOME") or None
+
+
+def set_nvshmem_defaults(heap_bytes: int) -> None:
+    """Settings of NVSHMEM for a symmetric heap of `heap_bytes`, where the user has none.
+
+    Multicast over NVLink stays off: the groups of a switch are few, and rings have no use for them.
+    """
+    granularity = min(1 << 29, 1 << max(21, (heap_bytes - 1).bit_length()))
+    os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
+    os.environ.setdefault("NVSHMEM_SYMMETRIC_SIZE", str(heap_bytes))
+    os.environ.setdefault("NVSHMEM_CUMEM_GRANULARITY", str(granularity))
 
 
 def launched_local_ranks(num_ranks: int) -> tuple[str, int] | None:

@@ -1,0 +1,88 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "core/check.h"
+#include "core/lane_ring.h"
+#include "nvshmem/lane_args.h"
+
+namespace ep::nvshmem {
+
+/// Why an exchange was given up.
+enum class LaneStatus : uint32_t {
+  kOk = 0,
+  kNoArrival = 1,  ///< a piece did not come within the deadline
+  kNoCredit = 2,   ///< a peer did not read what was sent
+  kFarewell = 3,   ///< a peer gave up, naming the PE to blame
+  kMismatch = 4,   ///< a piece has another size than expected
+};
+
+/// In pinned host memory. Written once, by the first thread that gives up, `status` last.
+struct LaneRecord {
+  uint32_t status;
+  int32_t peer;     ///< PE that was waited for
+  int32_t culprit;  ///< PE to blame
+  int32_t channel;
+  int64_t expected, seen;
+};
+
+/// Pieces that a channel has moved since the lane was made. Only this PE's kernels touch them.
+struct ChannelState {
+  uint64_t sent, received;
+};
+
+/// What kernels know of a lane.
+struct DeviceLane {
+  uint8_t* heap;           ///< symmetric, as RingLayout says
+  ChannelState* channels;  ///< [num_channels][num_peers]
+  uint32_t* failed;        ///< device memory: 1 once a block has given up
+  LaneRecord* record;
+  RingLayout layout;
+  uint64_t timeout_ns;
+  int32_t pe;
+  int32_t is_direct;  ///< where a peer's memory can be addressed, pack into it without staging
+};
+
+void launch_exchange(const DeviceLane& lane, const LaneExchangeArgs& args, int64_t tokens_per_piece,
+                     cudaStream_t stream);
+
+/// This PE's end of all rings of a lane.
+class Lane {
+ public:
+  struct Config {
+    int device, pe, num_pes, num_channels, num_slots;
+    int64_t staging_bytes, timeout_us;
+    bool is_direct;
+    std::vector<int> ranks;  ///< of PEs, for messages
+  };
+
+  /// Collective: takes symmetric memory. No PE may exchange before all have made their lane.
+  explicit Lane(const Config& config);
+  Lane(const Lane&) = delete;
+  Lane& operator=(const Lane&) = delete;
+  ~Lane();
+
+  /// Enqueues an exchange with all peers on `stream`. Every PE makes the same exchanges in the same
+  /// order, on streams that keep this order.
+  void exchange(const LaneExchangeArgs& args, cudaStream_t stream);
+
+  /// Throws what a kernel has found wrong.
+  void check() const;
+
+  /// Idempotent. Collective unless the lane has failed; then symmetric memory is kept.
+  void destroy();
+
+  int64_t slot_bytes() const { return device_.layout.slot_bytes; }
+
+ private:
+  bool has_failed() const;
+
+  Config config_;
+  DeviceLane device_;
+  bool is_destroyed_ = false;
+};
+
+}  // namespace ep::nvshmem
