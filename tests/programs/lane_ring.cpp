@@ -94,14 +94,15 @@ struct Block {
     store(word(peer, layout().arrived, pe, stream.next()), ep::told_of(stream.next()));
   }
 
-  int64_t receive(int exchange, int peer, const LaneStream& stream, int64_t num_tokens,
-                  int64_t per) {
+  void receive(int exchange, int peer, const LaneStream& stream, int64_t num_tokens, int64_t per) {
     const int64_t index = channel + stream.done * layout().num_channels;
     const ep::Range range = ep::tokens_of_piece(index, num_tokens, per);
     const ep::PieceLayout piece(kBytes, range.end - range.begin);
     const uint8_t* arrived = slot(pe, layout().received, peer, stream.next());
     ep::PieceHeader header{};
     std::memcpy(&header, arrived, sizeof(header));
+    check(range.begin < range.end && range.end <= num_tokens,
+          "a piece has tokens that are not there");
     check(header.num_bytes == piece.num_bytes, "a piece has other bytes than expected");
     check(header.num_tokens == range.end - range.begin, "a piece has other tokens than expected");
     if (random() % 8 == 0) std::this_thread::yield();
@@ -112,7 +113,6 @@ struct Block {
                     expected_byte(exchange, peer, pe, token, place),
                 "a byte is wrong");
     store(word(peer, layout().credit, pe, stream.next()), ep::told_of(stream.next()));
-    return range.end - range.begin;
   }
 
   void run() {
