@@ -17,7 +17,7 @@ Environment:
     EP_KERNELS_CUDA_ARCHS    such as "80;90a;100"; default: those of 80, 90, 100 that nvcc knows
     EP_KERNELS_NVSHMEM       0: no NVSHMEM library; 1: fail without it; default: if possible
     NVSHMEM_HOME             its folder, with include/ and lib/; otherwise that of the package
-                             nvidia-nvshmem-cu12 or -cu13 of this Python
+                             nvidia-nvshmem-cu12 or -cu13 of this Python, if it is of nvcc's CUDA
     EP_KERNELS_WERROR        1: warnings are errors
     MAX_JOBS                 compile jobs at once (default: one per core)
 """
@@ -36,6 +36,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -66,6 +67,7 @@ NVCC_FLAGS = [
     *("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-pthread"),
 ]
 DEFAULT_CUDA_ARCHS = "80;90;100"
+NVSHMEM_PACKAGES = ("nvidia-nvshmem-cu12", "nvidia-nvshmem-cu13")
 NVSHMEM_HOST_LIBRARY = "libnvshmem_host.so.3"
 NVSHMEM_FILES = ("include/nvshmem.h", f"lib/{NVSHMEM_HOST_LIBRARY}", "lib/libnvshmem_device.a")
 
@@ -169,13 +171,26 @@ def find_nvcc() -> str | None:
 
 def find_nvshmem() -> Path | None:
     """The folder with NVSHMEM's include/ and lib/, or None."""
+    folders = []
     if home := os.environ.get("NVSHMEM_HOME"):
         folders = [Path(home)]
-    else:
+    elif any(_fits_nvcc(package) for package in NVSHMEM_PACKAGES):
         package = importlib.util.find_spec("nvidia")
         places = [] if package is None else package.submodule_search_locations or []
         folders = [Path(place) / "nvshmem" for place in places]
     return next((folder for folder in folders if not _missing_of_nvshmem(folder)), None)
+
+
+def _fits_nvcc(package: str) -> bool:
+    """Whether a package such as nvidia-nvshmem-cu13 is installed and of nvcc's CUDA."""
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    nvcc = find_nvcc()
+    text = "" if nvcc is None else _output(nvcc, "--version")
+    found = re.search(r"release (\d+)", text)
+    return found is not None and package.endswith(f"-cu{found[1]}")
 
 
 def _missing_of_nvshmem(folder: Path) -> list[str]:
@@ -185,7 +200,7 @@ def _missing_of_nvshmem(folder: Path) -> list[str]:
 def _why_no_nvshmem() -> str:
     if home := os.environ.get("NVSHMEM_HOME"):
         return f"NVSHMEM_HOME={home!r} lacks {', '.join(_missing_of_nvshmem(Path(home)))}"
-    packages = "nvidia-nvshmem-cu13 (nvidia-nvshmem-cu12 for CUDA 12)"
+    packages = "nvidia-nvshmem-cu13 (nvidia-nvshmem-cu12 if nvcc is of CUDA 12)"
     return f"NVSHMEM was not found: pip install {packages}, or set NVSHMEM_HOME"
 
 
@@ -311,10 +326,7 @@ def _gencode(nvcc: str, archs: str) -> list[str]:
     """-gencode flags for `archs` such as "80;90a"; the default keeps what this nvcc supports."""
     wanted = [arch for arch in re.split(r"[;, ]+", archs or DEFAULT_CUDA_ARCHS) if arch]
     if not archs:
-        listing = subprocess.run(
-            [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False
-        ).stdout
-        known = set(re.findall(r"sm_(\w+)", listing))
+        known = set(re.findall(r"sm_(\w+)", _output(nvcc, "--list-gpu-code")))
         wanted = [arch for arch in wanted if not known or arch in known]
     if not wanted:
         raise BuildError(f"{nvcc} supports none of the architectures {DEFAULT_CUDA_ARCHS!r}")
@@ -351,6 +363,10 @@ def _install(libraries: list[Library], lib_dir: Path) -> list[Path]:
         shutil.copy2(source, partial)
         partial.replace(target)
     return [lib_dir / name for name in LIBRARY_NAMES if name in built]
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def _write_if_changed(path: Path, text: str) -> None:

@@ -83,6 +83,19 @@ def why_not() -> str:
     return "" if torch.cuda.is_available() else "NVSHMEM needs a GPU, and torch sees none"
 
 
+def leave(timeout_s: float) -> None:
+    """Ends NVSHMEM in this process, for good. Collective over the ranks that it connects, once
+    their lanes are destroyed; without it, processes end all the same. Nothing if there was no lane.
+
+    Raises:
+        EPTimeoutError: the other ranks did not do the same within the deadline.
+    """
+    global _joined
+    ranks, _joined = _joined, None
+    if ranks is not None and (problem := _attempt(timeout_s, "end NVSHMEM", "ep_nvshmem_leave")):
+        raise problem
+
+
 class NvshmemLane:
     """This rank's rings to and from the ranks with its place on the other nodes. Collective.
 
@@ -117,10 +130,10 @@ class NvshmemLane:
         self._join(bootstrap)
         handle, slot_bytes = c_void_p(), c_int64()
         arguments = (ctypes.byref(self._config()), ctypes.byref(handle), ctypes.byref(slot_bytes))
-        create = nvshmem_library().ep_nvshmem_lane_create
+        problem = _attempt(timeout_s, "make a lane", "ep_nvshmem_lane_create", *arguments)
         # NOTE: the exchange of outcomes is also what keeps a rank from writing into memory whose
         # words are not zero yet.
-        _agree(bootstrap, self._attempt("make a lane", create, *arguments), {})
+        _agree(bootstrap, problem, {})
         self._handle, self.slot_bytes = handle, slot_bytes.value
 
     @property
@@ -192,11 +205,10 @@ class NvshmemLane:
         handle, self._handle = self._handle, None
         if handle is None:
             return
-        library = nvshmem_library()
-        problem = self._attempt("destroy a lane", library.ep_nvshmem_lane_destroy, handle)
+        problem = _attempt(self.timeout_s, "destroy the lane", "ep_nvshmem_lane_destroy", handle)
         if problem is not None:
             raise problem
-        library.ep_nvshmem_lane_delete(handle)
+        nvshmem_library().ep_nvshmem_lane_delete(handle)
 
     def _problem(self) -> EPError | None:
         """Why this rank cannot take part."""
@@ -219,15 +231,14 @@ class NvshmemLane:
         if _joined is not None:
             return
         env.set_nvshmem_defaults(self.options.staging_bytes + HEAP_EXTRA_BYTES)
-        library = nvshmem_library()
         made = ctypes.create_string_buffer(UNIQUE_ID_BYTES)
         problem = None
         if self.topology.node == 0:
-            problem = self._attempt("make an id", library.ep_nvshmem_unique_id, made)
+            problem = _attempt(self.timeout_s, "begin NVSHMEM", "ep_nvshmem_unique_id", made)
         _agree(bootstrap, problem, {"NVSHMEM": nvshmem_version()})
         unique_id = bootstrap.all_gather(made.raw)[self.topology.lane_rank(0)]
         pes = (self._device_index(), self.topology.node, self.num_nodes)
-        problem = self._attempt("begin NVSHMEM", library.ep_nvshmem_join, *pes, unique_id)
+        problem = _attempt(self.timeout_s, "begin NVSHMEM", "ep_nvshmem_join", *pes, unique_id)
         _agree(bootstrap, problem, {})
         _joined = self._ranks
 
@@ -248,22 +259,6 @@ class NvshmemLane:
     def _device_index(self) -> int:
         index = self.device.index
         return torch.cuda.current_device() if index is None else index
-
-    def _attempt(self, what: str, function: Any, *arguments: Any) -> EPError | None:
-        """Calls a function of the C interface that other ranks call, too, and may not return from.
-        Returns its error."""
-        try:
-            _within(self.timeout_s, lambda: call(function, *arguments))
-        except TimeoutError:
-            return EPTimeoutError(
-                f"rank {self.topology.rank} waited {self.timeout_s:g} s for ranks {self._ranks} to "
-                f"{what}",
-                rank=self.topology.rank,
-                phase="bootstrap",
-            )
-        except EPError as error:
-            return error.with_traceback(None)
-        return None
 
     def _open_handle(self) -> c_void_p:
         if self._handle is None:
@@ -340,6 +335,19 @@ def _agree(bootstrap: Bootstrap, problem: EPError | None, fields: dict[str, Any]
                 raise EPConfigError(
                     f"ranks disagree on {name}: rank 0 has {value!r}, rank {rank} {theirs[name]!r}"
                 )
+
+
+def _attempt(timeout_s: float, what: str, name: str, *arguments: Any) -> EPError | None:
+    """Calls a function of the C interface that other ranks call, too, and that may never return.
+    Returns its error."""
+    try:
+        _within(timeout_s, lambda: call(getattr(nvshmem_library(), name), *arguments))
+    except TimeoutError:
+        text = f"waited {timeout_s:g} s for the other ranks of the lane to {what}"
+        return EPTimeoutError(text, phase="bootstrap")
+    except EPError as error:
+        return error.with_traceback(None)
+    return None
 
 
 def _within(timeout_s: float, function: Callable[[], None]) -> None:

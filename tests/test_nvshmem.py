@@ -30,10 +30,22 @@ def needs_nvshmem():
 
 
 @pytest.fixture(scope="module")
-def lane_ranks(needs_nvshmem, rank_server):
-    """Ranks that begin NVSHMEM once for all tests. Each is a node."""
+def run_nodes(needs_nvshmem, rank_server):
+    """Runs a function on ranks that begin NVSHMEM once for all tests. Each is a node."""
+    used = set()
     with RankPool(rank_server) as pool:
-        yield pool
+
+        def run(num_nodes, function, *args):
+            used.add(num_nodes)
+            pool.get(num_nodes).run(function, *args, deadline_s=DEADLINE_S)
+
+        yield run
+        for num_nodes in used:
+            run(num_nodes, on_rank_leave)
+
+
+def on_rank_leave(rank):
+    nvshmem.leave(20.0)
 
 
 def on_rank_case(rank, case):
@@ -46,15 +58,15 @@ def on_rank_case(rank, case):
 
 @pytest.mark.gpu(1)
 @pytest.mark.parametrize("case", nvshmem_cases.CASES, ids=str)
-def test_what_is_sent_arrives(lane_ranks, case):
-    lane_ranks.get(case.num_nodes).run(on_rank_case, case, deadline_s=DEADLINE_S)
+def test_what_is_sent_arrives(run_nodes, case):
+    run_nodes(case.num_nodes, on_rank_case, case)
 
 
 @pytest.mark.gpu(1)
 @pytest.mark.parametrize("num_nodes", [2, 3, 8])
-def test_lanes_of_other_lengths(lane_ranks, num_nodes):
+def test_lanes_of_other_lengths(run_nodes, num_nodes):
     case = Case(num_nodes=num_nodes, most=100)
-    lane_ranks.get(num_nodes).run(on_rank_case, case, deadline_s=DEADLINE_S)
+    run_nodes(num_nodes, on_rank_case, case)
 
 
 def on_rank_several_lanes(rank, case):
@@ -72,8 +84,8 @@ def on_rank_several_lanes(rank, case):
 
 
 @pytest.mark.gpu(1)
-def test_a_process_may_have_several_lanes(lane_ranks):
-    lane_ranks.get(4).run(on_rank_several_lanes, Case(), deadline_s=DEADLINE_S)
+def test_a_process_may_have_several_lanes(run_nodes):
+    run_nodes(4, on_rank_several_lanes, Case())
 
 
 def on_rank_late(rank, case):
@@ -88,9 +100,9 @@ def on_rank_late(rank, case):
 
 
 @pytest.mark.gpu(1)
-def test_a_late_rank_is_waited_for(lane_ranks):
+def test_a_late_rank_is_waited_for(run_nodes):
     case = Case(num_slots=1, most=300, staging_bytes=256 << 10)
-    lane_ranks.get(4).run(on_rank_late, case, deadline_s=DEADLINE_S)
+    run_nodes(4, on_rank_late, case)
 
 
 def on_rank_bad_arguments(rank):
@@ -117,8 +129,8 @@ def on_rank_bad_arguments(rank):
 
 
 @pytest.mark.gpu(1)
-def test_bad_arguments_send_nothing(lane_ranks):
-    lane_ranks.get(4).run(on_rank_bad_arguments, deadline_s=DEADLINE_S)
+def test_bad_arguments_send_nothing(run_nodes):
+    run_nodes(4, on_rank_bad_arguments)
 
 
 def on_rank_disagree(rank):
@@ -127,8 +139,8 @@ def on_rank_disagree(rank):
 
 
 @pytest.mark.gpu(1)
-def test_ranks_that_disagree_say_so(lane_ranks):
-    lane_ranks.get(4).run(on_rank_disagree, deadline_s=DEADLINE_S)
+def test_ranks_that_disagree_say_so(run_nodes):
+    run_nodes(4, on_rank_disagree)
 
 
 def on_rank_lanes(rank, case):
@@ -136,6 +148,7 @@ def on_rank_lanes(rank, case):
     lane = nvshmem_cases.make_lane(rank, case, num_local_ranks=2)
     nvshmem_cases.check_exchanges(lane, case)
     lane.destroy()
+    nvshmem.leave(20.0)
 
 
 @pytest.mark.gpu(1)
@@ -165,6 +178,7 @@ def on_rank_silent(rank, case, silent):
         with pytest.raises(EPTimeoutError, match=f"gave up on rank {silent}"):
             lane.wait()
     lane.destroy()
+    nvshmem.leave(20.0)
 
 
 @pytest.mark.gpu(1)
@@ -188,6 +202,7 @@ def on_rank_mismatch(rank):
         with pytest.raises(EPConfigError, match="rank 0 sent a piece of 96 bytes.*expected 80"):
             lane.wait()
     lane.destroy()
+    nvshmem.leave(20.0)
 
 
 @pytest.mark.gpu(1)

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from ep_kernels.bootstrap import make_bootstrap
-from ep_kernels.nvshmem import NvshmemLane, NvshmemOptions
+from ep_kernels.nvshmem import NvshmemLane, NvshmemOptions, leave
 from ep_kernels.topology import Topology
 
 TIMEOUT_S = 20.0
@@ -75,6 +75,7 @@ def run_rank(rank: int, options: argparse.Namespace, store: str) -> None:
             lane.destroy()
     times = time_repetitions(lambda: received.copy_(rows), options.repetitions)
     tell(rank, options, "copy", 0, times, rows.nbytes)
+    leave(TIMEOUT_S)
     dist.destroy_process_group()
 
 
