@@ -72,6 +72,10 @@ _SIGNATURES: Signatures = {
         c_int32,
         [c_void_p, POINTER(LaneExchangeArgs), c_void_p, _ERROR],
     ),
+    "ep_nvshmem_lane_exchange_bytes": (
+        c_int32,
+        [c_void_p, POINTER(LaneExchangeArgs), c_void_p, _ERROR],
+    ),
     "ep_nvshmem_lane_check": (c_int32, [c_void_p, _ERROR]),
     "ep_nvshmem_lane_destroy": (c_int32, [c_void_p, _ERROR]),
     "ep_nvshmem_lane_delete": (None, [c_void_p]),

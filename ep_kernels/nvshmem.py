@@ -19,7 +19,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from ctypes import c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -175,12 +175,48 @@ class NvshmemLane:
         if tokens is not None:
             self._check_tokens(tokens, sum(num_sent))
             arguments.tokens = tokens.data_ptr()
-        counts = self._counts(num_sent, num_received)
-        arguments.counts = counts.data_ptr()
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        with torch.cuda.device(self.device):
-            function = nvshmem_library().ep_nvshmem_lane_exchange
-            call(function, handle, ctypes.byref(arguments), c_void_p(stream))
+        rows = zip(_firsts(num_sent), num_sent, _firsts(num_received), num_received, strict=True)
+        self._start("ep_nvshmem_lane_exchange", handle, arguments, rows)
+
+    def exchange_bytes(
+        self,
+        memory: torch.Tensor,
+        sends: Mapping[int, tuple[int, int]],
+        recvs: Mapping[int, tuple[int, int]],
+    ) -> None:
+        """As exchange(), with at most one range of bytes to and from each of the other nodes. Any
+        two ranks that exchange something make the same exchanges in the same order.
+
+        Args:
+            memory: [bytes] uint8 of this GPU, which holds all ranges.
+            sends: (first byte, bytes) by node.
+            recvs: the same, of what comes.
+
+        Raises:
+            as exchange()
+        """
+        handle = self._open_handle()
+        is_right = memory.dtype == torch.uint8 and memory.dim() == 1 and memory.is_contiguous()
+        if not is_right or memory.device.index != self._device_index():
+            raise EPConfigError(
+                f"memory: {memory.dtype} {list(memory.shape)} on {memory.device}, needs uint8 "
+                f"[bytes] on {self.device}"
+            )
+        for name, ranges in (("sends", sends), ("recvs", recvs)):
+            for node, (first, size) in ranges.items():
+                is_peer = 0 <= node < self.num_nodes and node != self.topology.node
+                if not is_peer or first < 0 or size < 0 or first + size > len(memory):
+                    raise EPConfigError(
+                        f"{name}[{node}]={(first, size)}: not of another node, or not in memory "
+                        f"of {len(memory)} bytes"
+                    )
+        arguments = LaneExchangeArgs()
+        section = arguments.sections[0]
+        section.src, section.dst, section.bytes = memory.data_ptr(), memory.data_ptr(), 1
+        rows = (
+            (*sends.get(node, (0, 0)), *recvs.get(node, (0, 0))) for node in range(self.num_nodes)
+        )
+        self._start("ep_nvshmem_lane_exchange_bytes", handle, arguments, rows)
 
     def check(self) -> None:
         """Raises what exchanges that have run found wrong.
@@ -265,11 +301,22 @@ class NvshmemLane:
             raise EPDeviceError("the lane was destroyed")
         return self._handle
 
-    def _counts(self, num_sent: Sequence[int], num_received: Sequence[int]) -> torch.Tensor:
-        """As csrc/nvshmem/lane_args.h has them. Stays with the stream as its memory does."""
-        rows = zip(_firsts(num_sent), num_sent, _firsts(num_received), num_received, strict=True)
-        counts = torch.tensor(list(rows), dtype=torch.int64).pin_memory()
-        return counts.to(self.device, non_blocking=True)
+    def _start(
+        self,
+        name: str,
+        handle: c_void_p,
+        arguments: LaneExchangeArgs,
+        counts: Iterable[tuple[int, ...]],
+    ) -> None:
+        """Enqueues an exchange; `counts` by node, as csrc/nvshmem/lane_args.h has them. Their
+        memory stays with the stream as that of any tensor does."""
+        on_host = torch.tensor(list(counts), dtype=torch.int64).pin_memory()
+        on_device = on_host.to(self.device, non_blocking=True)
+        arguments.counts = on_device.data_ptr()
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        with torch.cuda.device(self.device):
+            function = getattr(nvshmem_library(), name)
+            call(function, handle, ctypes.byref(arguments), c_void_p(stream))
 
     def _check_counts(self, num_sent: Sequence[int], num_received: Sequence[int]) -> None:
         for name, values in (("num_sent", num_sent), ("num_received", num_received)):

@@ -12,12 +12,12 @@ import nvshmem_cases
 import pytest
 import torch
 import torch.distributed as dist
-from nvshmem_cases import Case
+from nvshmem_cases import MIB, Case
 
 from ep_kernels import env, nvshmem
 from ep_kernels.bootstrap import make_bootstrap
 from ep_kernels.errors import EPConfigError, EPDeviceError, EPTimeoutError
-from ep_kernels.testing import RankPool
+from ep_kernels.testing import RankPool, assert_bitwise_equal
 from ep_kernels.topology import Topology
 
 DEADLINE_S = 100.0
@@ -67,6 +67,39 @@ def test_what_is_sent_arrives(run_nodes, case):
 def test_lanes_of_other_lengths(run_nodes, num_nodes):
     case = Case(num_nodes=num_nodes, most=100)
     run_nodes(num_nodes, on_rank_case, case)
+
+
+def on_rank_bytes(rank, case, size):
+    """Ranges of different sizes, at odd places of one memory."""
+    lane = nvshmem_cases.make_lane(rank, case)
+    nodes = range(case.num_nodes)
+    sizes = [[0 if src == dst else size + 3 * src + dst for dst in nodes] for src in nodes]
+    stride = size + 100
+    for step in range(3):
+        random = [torch.Generator().manual_seed(10 * step + src) for src in nodes]
+        inputs = [
+            torch.randint(256, (stride * case.num_nodes,), generator=one, dtype=torch.uint8)
+            for one in random
+        ]
+        memory = torch.cat([inputs[rank], torch.zeros_like(inputs[rank])]).to(lane.device)
+        middle = stride * case.num_nodes
+        peers = [node for node in nodes if node != rank]
+        sends = {node: (stride * node + step, sizes[rank][node]) for node in peers}
+        recvs = {node: (middle + stride * node + 2 * step, sizes[node][rank]) for node in peers}
+        lane.exchange_bytes(memory, sends, recvs)
+        lane.wait()
+        want = torch.cat([inputs[rank], torch.zeros_like(inputs[rank])])
+        for node, (first, count) in recvs.items():
+            begin = stride * rank + step
+            want[first : first + count] = inputs[node][begin : begin + count]
+        assert_bitwise_equal(memory.cpu(), want, name=f"step {step}")
+    lane.destroy()
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize("size", [0, 1, 4096, 3 * MIB // 2])
+def test_bytes_arrive_where_they_belong(run_nodes, size):
+    run_nodes(4, on_rank_bytes, Case(), size)
 
 
 def on_rank_several_lanes(rank, case):

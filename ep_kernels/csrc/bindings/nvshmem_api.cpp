@@ -70,6 +70,13 @@ int32_t ep_nvshmem_lane_exchange(EpNvshmemLane* lane, const ep::nvshmem::LaneExc
   return guarded(error, [&] { lane->impl.exchange(*args, static_cast<cudaStream_t>(stream)); });
 }
 
+int32_t ep_nvshmem_lane_exchange_bytes(EpNvshmemLane* lane,
+                                       const ep::nvshmem::LaneExchangeArgs* args, void* stream,
+                                       EpError* error) {
+  return guarded(error,
+                 [&] { lane->impl.exchange_bytes(*args, static_cast<cudaStream_t>(stream)); });
+}
+
 int32_t ep_nvshmem_lane_check(EpNvshmemLane* lane, EpError* error) {
   return guarded(error, [&] { lane->impl.check(); });
 }

@@ -34,6 +34,9 @@ EP_API int32_t ep_nvshmem_lane_create(const EpNvshmemConfig* config, EpNvshmemLa
 EP_API int32_t ep_nvshmem_lane_exchange(EpNvshmemLane* lane,
                                         const ep::nvshmem::LaneExchangeArgs* args, void* stream,
                                         EpError* error);
+EP_API int32_t ep_nvshmem_lane_exchange_bytes(EpNvshmemLane* lane,
+                                              const ep::nvshmem::LaneExchangeArgs* args,
+                                              void* stream, EpError* error);
 /// Reports what kernels have found wrong.
 EP_API int32_t ep_nvshmem_lane_check(EpNvshmemLane* lane, EpError* error);
 /// Collective, unless the lane has failed.

@@ -1,94 +1,29 @@
 #include "cuda/check_cuda.h"
-#include "nvshmem/exchange.cuh"
+#include "nvshmem/rows.cuh"
 
-// The exchange whose producer gathers rows by token and whose consumer copies them out.
+// The exchanges that the host can start.
 
 namespace ep::nvshmem {
 namespace {
 
-constexpr int kWarpSize = 32;
-
-/// Lanes of a warp: copies a row in units of T, past the first-level cache.
-template <typename T>
-__device__ __forceinline__ void copy_units(uint8_t* dst, const uint8_t* src, int64_t num_units) {
-  constexpr int kUnroll = 4;
-  const auto* from = reinterpret_cast<const T*>(src);
-  auto* to = reinterpret_cast<T*>(dst);
-  int64_t i = threadIdx.x % kWarpSize;
-  for (; i + (kUnroll - 1) * kWarpSize < num_units; i += kUnroll * kWarpSize) {
-    T units[kUnroll];
-#pragma unroll
-    for (int k = 0; k < kUnroll; ++k) units[k] = __ldcg(from + i + k * kWarpSize);
-#pragma unroll
-    for (int k = 0; k < kUnroll; ++k) to[i + k * kWarpSize] = units[k];
-  }
-  for (; i < num_units; i += kWarpSize) to[i] = __ldcg(from + i);
-}
-
-__device__ __forceinline__ void copy_row(uint8_t* dst, const uint8_t* src, int64_t num_bytes) {
-  const auto alignment = reinterpret_cast<uintptr_t>(dst) | reinterpret_cast<uintptr_t>(src) |
-                         static_cast<uintptr_t>(num_bytes);
-  if (alignment % 16 == 0)
-    copy_units<uint4>(dst, src, num_bytes / 16);
-  else if (alignment % 4 == 0)
-    copy_units<uint32_t>(dst, src, num_bytes / 4);
-  else
-    copy_units<unsigned char>(dst, src, num_bytes);
-}
-
-/// All threads: calls `copy(row)` for each token of a piece, a warp each.
-template <typename Copy>
-__device__ __forceinline__ void for_rows(const Piece& piece, const Copy& copy) {
-  const int num_warps = static_cast<int>(blockDim.x) / kWarpSize;
-  for (int64_t row = threadIdx.x / kWarpSize; row < piece.num_tokens; row += num_warps) copy(row);
-}
-
-/// Packs the rows of tokens [first_entry, ...) of `tokens`.
-struct Gather {
-  __device__ void operator()(const Piece& piece, uint8_t* payload) const {
-    for_rows(piece, [&](int64_t row) {
-      const int64_t entry = piece.first_entry + row;
-      const int64_t src_row = piece.args.tokens ? piece.args.tokens[entry] : entry;
-      for (int i = 0; i < kMaxLaneSections; ++i) {
-        const LaneSection& section = piece.args.sections[i];
-        if (section.bytes > 0)
-          copy_row(payload + piece.layout.sections[i] + row * section.bytes,
-                   section.src + src_row * section.bytes, section.bytes);
-      }
-    });
-  }
-};
-
-/// Copies rows to rows [first_entry, ...) of the destination.
-struct CopyOut {
-  __device__ void operator()(const Piece& piece, const uint8_t* payload) const {
-    for_rows(piece, [&](int64_t row) {
-      const int64_t dst_row = piece.first_entry + row;
-      for (int i = 0; i < kMaxLaneSections; ++i) {
-        const LaneSection& section = piece.args.sections[i];
-        if (section.bytes > 0)
-          copy_row(section.dst + dst_row * section.bytes,
-                   payload + piece.layout.sections[i] + row * section.bytes, section.bytes);
-      }
-    });
-  }
-};
-
+template <typename Producer, typename Consumer>
 __global__ void __launch_bounds__(kExchangeThreads)
     exchange_kernel(const __grid_constant__ DeviceLane lane,
                     const __grid_constant__ LaneExchangeArgs args, int64_t tokens_per_piece) {
   extern __shared__ LaneStream streams[];
   exchange_channel(Channel{lane, streams, static_cast<int>(blockIdx.x)}, args, tokens_per_piece,
-                   Gather{}, CopyOut{});
+                   Producer{}, Consumer{});
 }
 
 }  // namespace
 
 void launch_exchange(const DeviceLane& lane, const LaneExchangeArgs& args, int64_t tokens_per_piece,
-                     cudaStream_t stream) {
+                     bool is_bytes, cudaStream_t stream) {
   const size_t shared_bytes = size_t{2} * lane.layout.num_peers() * sizeof(LaneStream);
-  exchange_kernel<<<lane.layout.num_channels, kExchangeThreads, shared_bytes, stream>>>(
-      lane, args, tokens_per_piece);
+  const auto kernel = is_bytes ? exchange_kernel<PackBytes, UnpackBytes>  //
+                               : exchange_kernel<Gather, CopyOut>;
+  kernel<<<lane.layout.num_channels, kExchangeThreads, shared_bytes, stream>>>(lane, args,
+                                                                               tokens_per_piece);
   EP_CHECK_CUDA(cudaGetLastError());
 }
 

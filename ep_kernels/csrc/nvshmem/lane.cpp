@@ -70,6 +70,14 @@ Lane::~Lane() {
 }
 
 void Lane::exchange(const LaneExchangeArgs& args, cudaStream_t stream) {
+  start(args, false, stream);
+}
+
+void Lane::exchange_bytes(const LaneExchangeArgs& args, cudaStream_t stream) {
+  start(args, true, stream);
+}
+
+void Lane::start(const LaneExchangeArgs& args, bool is_bytes, cudaStream_t stream) {
   EP_CHECK(!is_destroyed_, "the lane was destroyed");
   check();
   int64_t bytes[kMaxLaneSections], largest = 0;
@@ -82,7 +90,7 @@ void Lane::exchange(const LaneExchangeArgs& args, cudaStream_t stream) {
   const int64_t tokens_per_piece = tokens_that_fit(bytes, device_.layout.slot_bytes);
   EP_CHECK(tokens_per_piece > 0, "staging_bytes=", config_.staging_bytes, " make slots of ",
            device_.layout.slot_bytes, " bytes; a token takes ", PieceLayout(bytes, 1).num_bytes);
-  launch_exchange(device_, args, tokens_per_piece, stream);
+  launch_exchange(device_, args, tokens_per_piece, is_bytes, stream);
 }
 
 bool Lane::has_failed() const {

@@ -46,8 +46,9 @@ struct DeviceLane {
   int32_t is_direct;  ///< where a peer's memory can be addressed, pack into it without staging
 };
 
+/// `is_bytes`: what travels are ranges of bytes, see Lane::exchange_bytes().
 void launch_exchange(const DeviceLane& lane, const LaneExchangeArgs& args, int64_t tokens_per_piece,
-                     cudaStream_t stream);
+                     bool is_bytes, cudaStream_t stream);
 
 /// This PE's end of all rings of a lane.
 class Lane {
@@ -65,9 +66,12 @@ class Lane {
   Lane& operator=(const Lane&) = delete;
   ~Lane();
 
-  /// Enqueues an exchange with all peers on `stream`. Every PE makes the same exchanges in the same
-  /// order, on streams that keep this order.
+  /// Enqueues an exchange with all peers on `stream`. Any two PEs that exchange something make the
+  /// same exchanges in the same order, on streams that keep this order.
   void exchange(const LaneExchangeArgs& args, cudaStream_t stream);
+
+  /// The same with one range of bytes to and from each peer: section 0, of one byte per token.
+  void exchange_bytes(const LaneExchangeArgs& args, cudaStream_t stream);
 
   /// Throws what a kernel has found wrong.
   void check() const;
@@ -78,6 +82,7 @@ class Lane {
   int64_t slot_bytes() const { return device_.layout.slot_bytes; }
 
  private:
+  void start(const LaneExchangeArgs& args, bool is_bytes, cudaStream_t stream);
   bool has_failed() const;
 
   Config config_;
