@@ -67,6 +67,16 @@ def default_pool_bytes(device: str) -> int:
     return int(_number("EP_KERNELS_POOL_BYTES", memory))
 
 
+def launched_local_ranks(num_ranks: int) -> tuple[str, int] | None:
+    """(variable, ranks of this node) by the launcher that started exactly `num_ranks` ranks."""
+    for local_name, total_name in LAUNCHERS:
+        if os.environ.get(total_name) == str(num_ranks):
+            first = re.match(r"\d+", os.environ.get(local_name, ""))  # SLURM: "2(x3)"
+            if first:
+                return local_name, int(first[0])
+    return None
+
+
 def nvshmem_home() -> str | None:
     """The folder with NVSHMEM's lib/, if it was named."""
     return os.environ.get("NVSHMEM_HOME") or None
@@ -81,13 +91,3 @@ def set_nvshmem_defaults(heap_bytes: int) -> None:
     os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
     os.environ.setdefault("NVSHMEM_SYMMETRIC_SIZE", str(heap_bytes))
     os.environ.setdefault("NVSHMEM_CUMEM_GRANULARITY", str(granularity))
-
-
-def launched_local_ranks(num_ranks: int) -> tuple[str, int] | None:
-    """(variable, ranks of this node) by the launcher that started exactly `num_ranks` ranks."""
-    for local_name, total_name in LAUNCHERS:
-        if os.environ.get(total_name) == str(num_ranks):
-            first = re.match(r"\d+", os.environ.get(local_name, ""))  # SLURM: "2(x3)"
-            if first:
-                return local_name, int(first[0])
-    return None

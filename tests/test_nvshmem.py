@@ -249,7 +249,9 @@ def test_other_sizes_than_expected_are_an_error(needs_nvshmem, launch):
 def on_rank_missing(rank):
     topology = Topology(rank=rank, num_ranks=2, num_local_ranks=1)
     device = torch.device("cuda", 0)
-    with pytest.raises(EPDeviceError, match=r"rank 0: .*(is not built|cannot be loaded|needs a GPU)"):
+    with pytest.raises(
+        EPDeviceError, match=r"rank 0: .*(is not built|cannot be loaded|needs a GPU)"
+    ):
         nvshmem.NvshmemLane(make_bootstrap(None), topology, device=device, timeout_s=5.0)
 
 
