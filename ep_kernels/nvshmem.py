@@ -179,43 +179,29 @@ class NvshmemLane:
         self._start("ep_nvshmem_lane_exchange", handle, arguments, rows)
 
     def exchange_bytes(
-        self,
-        memory: torch.Tensor,
-        sends: Mapping[int, tuple[int, int]],
-        recvs: Mapping[int, tuple[int, int]],
+        self, sends: Mapping[int, torch.Tensor], recvs: Mapping[int, torch.Tensor]
     ) -> None:
-        """As exchange(), with at most one range of bytes to and from each of the other nodes. Any
-        two ranks that exchange something make the same exchanges in the same order.
+        """As exchange(), with at most one tensor to and from each of the other nodes. Any two ranks
+        that exchange something make the same exchanges in the same order.
 
         Args:
-            memory: [bytes] uint8 of this GPU, which holds all ranges.
-            sends: (first byte, bytes) by node.
-            recvs: the same, of what comes.
+            sends: [bytes] uint8 of this GPU, by node.
+            recvs: the same, for what comes.
 
         Raises:
             as exchange()
         """
         handle = self._open_handle()
-        is_right = memory.dtype == torch.uint8 and memory.dim() == 1 and memory.is_contiguous()
-        if not is_right or memory.device.index != self._device_index():
-            raise EPConfigError(
-                f"memory: {memory.dtype} {list(memory.shape)} on {memory.device}, needs uint8 "
-                f"[bytes] on {self.device}"
-            )
-        for name, ranges in (("sends", sends), ("recvs", recvs)):
-            for node, (first, size) in ranges.items():
-                is_peer = 0 <= node < self.num_nodes and node != self.topology.node
-                if not is_peer or first < 0 or size < 0 or first + size > len(memory):
-                    raise EPConfigError(
-                        f"{name}[{node}]={(first, size)}: not of another node, or not in memory "
-                        f"of {len(memory)} bytes"
-                    )
+        for name, tensors in (("sends", sends), ("recvs", recvs)):
+            for node, tensor in tensors.items():
+                self._check_bytes(f"{name}[{node}]", node, tensor)
         arguments = LaneExchangeArgs()
         section = arguments.sections[0]
-        section.src, section.dst, section.bytes = memory.data_ptr(), memory.data_ptr(), 1
-        rows = (
-            (*sends.get(node, (0, 0)), *recvs.get(node, (0, 0))) for node in range(self.num_nodes)
-        )
+        section.src, section.dst, section.bytes = _lowest(sends), _lowest(recvs), 1
+        rows = [
+            (*_range(sends, node, section.src), *_range(recvs, node, section.dst))
+            for node in range(self.num_nodes)
+        ]
         self._start("ep_nvshmem_lane_exchange_bytes", handle, arguments, rows)
 
     def check(self) -> None:
@@ -352,6 +338,16 @@ class NvshmemLane:
                 )
         return sections
 
+    def _check_bytes(self, name: str, node: int, tensor: torch.Tensor) -> None:
+        if not 0 <= node < self.num_nodes or node == self.topology.node:
+            raise EPConfigError(f"{name} is not of one of the other nodes of {self.num_nodes}")
+        is_right = tensor.dtype == torch.uint8 and tensor.dim() == 1 and tensor.is_contiguous()
+        if not is_right or tensor.device.index != self._device_index():
+            raise EPConfigError(
+                f"{name}: {tensor.dtype} {list(tensor.shape)} on {tensor.device}, needs contiguous "
+                f"uint8 [bytes] on {self.device}"
+            )
+
     def _check_tokens(self, tokens: torch.Tensor, num_entries: int) -> None:
         is_right = tokens.dtype == torch.int32 and tokens.is_contiguous() and tokens.is_cuda
         if not is_right or tokens.shape != (num_entries,):
@@ -363,6 +359,18 @@ class NvshmemLane:
 
 def _row_bytes(tensor: torch.Tensor) -> int:
     return tensor.shape[1:].numel() * tensor.element_size()
+
+
+def _lowest(tensors: Mapping[int, torch.Tensor]) -> int:
+    """The address from which those of all tensors are counted."""
+    return min((tensor.data_ptr() for tensor in tensors.values()), default=0)
+
+
+def _range(tensors: Mapping[int, torch.Tensor], node: int, base: int | None) -> tuple[int, int]:
+    """(first byte, bytes) of a node's tensor."""
+    if node not in tensors:
+        return 0, 0
+    return tensors[node].data_ptr() - (base or 0), len(tensors[node])
 
 
 def _firsts(counts: Sequence[int]) -> list[int]:

@@ -86,7 +86,10 @@ def on_rank_bytes(rank, case, size):
         peers = [node for node in nodes if node != rank]
         sends = {node: (stride * node + step, sizes[rank][node]) for node in peers}
         recvs = {node: (middle + stride * node + 2 * step, sizes[node][rank]) for node in peers}
-        lane.exchange_bytes(memory, sends, recvs)
+        lane.exchange_bytes(
+            {node: memory[first : first + count] for node, (first, count) in sends.items()},
+            {node: memory[first : first + count] for node, (first, count) in recvs.items()},
+        )
         lane.wait()
         want = torch.cat([inputs[rank], torch.zeros_like(inputs[rank])])
         for node, (first, count) in recvs.items():
