@@ -23,13 +23,14 @@ MAX_SECTIONS = 4
 class NvshmemConfig(Structure):
     _fields_ = [
         ("device", c_int32),
-        ("pe", c_int32),
-        ("num_pes", c_int32),
+        ("node", c_int32),
+        ("num_nodes", c_int32),
         ("num_channels", c_int32),
         ("num_slots", c_int32),
         ("is_direct", c_int32),
         ("staging_bytes", c_int64),
         ("timeout_us", c_int64),
+        ("pes", POINTER(c_int32)),
         ("ranks", POINTER(c_int32)),
     ]
 

@@ -1,8 +1,8 @@
 """Exchanges between GPUs of different nodes that the GPUs begin themselves, over NVSHMEM.
 
-A lane connects the ranks with the same place on all nodes; see docs/multi-node.md, "NVSHMEM". Its
-ranks are the PEs of NVSHMEM: node n is PE n. NVSHMEM can be begun once in a process, so all lanes
-of a process connect the same ranks.
+A lane connects the ranks with the same place on all nodes; see docs/multi-node.md, "NVSHMEM". The
+PEs of NVSHMEM are the ranks of the first group that makes lanes. NVSHMEM can be begun only once in
+a process, so later groups are of the same processes; their order and their nodes may be others.
 
 NVSHMEM reads its own settings from the environment; none of them is changed here if it is set:
 
@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from ctypes import c_int32, c_int64, c_void_p
 from dataclasses import dataclass
@@ -70,8 +72,18 @@ class NvshmemOptions:
                 raise EPConfigError(f"{name}={getattr(self, name)!r} is not positive")
 
 
-_joined: list[int] | None = None
-"""Ranks of the process group that NVSHMEM of this process connects, by PE."""
+_joined: list[str] | None = None
+"""The processes that NVSHMEM connects with this one, by PE."""
+
+_own_process = ("", -1)
+
+
+def _process_id() -> str:
+    """A name that no other process has, not even one that this one forks."""
+    global _own_process
+    if _own_process[1] != os.getpid():
+        _own_process = (uuid.uuid4().hex, os.getpid())
+    return _own_process[0]
 
 
 def why_not() -> str:
@@ -84,15 +96,17 @@ def why_not() -> str:
 
 
 def leave(timeout_s: float) -> None:
-    """Ends NVSHMEM in this process, for good. Collective over the ranks that it connects, once
+    """Ends NVSHMEM in this process, for good. Collective over all processes that it connects, once
     their lanes are destroyed; without it, processes end all the same. Nothing if there was no lane.
 
     Raises:
         EPTimeoutError: the other ranks did not do the same within the deadline.
     """
     global _joined
-    ranks, _joined = _joined, None
-    if ranks is not None and (problem := _attempt(timeout_s, "end NVSHMEM", "ep_nvshmem_leave")):
+    processes, _joined = _joined, None
+    if processes is None:
+        return
+    if problem := _attempt(timeout_s, "end NVSHMEM", "ep_nvshmem_leave"):
         raise problem
 
 
@@ -126,8 +140,12 @@ class NvshmemLane:
         self.options = options or NvshmemOptions()
         self._handle: c_void_p | None = None
         self._ranks = [topology.lane_rank(node) for node in range(topology.num_nodes)]
-        _agree(bootstrap, self._problem(), vars(self.options) | {"num_nodes": topology.num_nodes})
-        self._join(bootstrap)
+        processes = bootstrap.all_gather(_process_id())
+        fields = {"num_nodes": topology.num_nodes, "NVSHMEM has begun": _joined is not None}
+        _agree(bootstrap, self._problem(processes), vars(self.options) | fields)
+        self._join(bootstrap, processes)
+        assert _joined is not None
+        self._pes = [_joined.index(processes[rank]) for rank in self._ranks]
         handle, slot_bytes = c_void_p(), c_int64()
         arguments = (ctypes.byref(self._config()), ctypes.byref(handle), ctypes.byref(slot_bytes))
         problem = _attempt(timeout_s, "make a lane", "ep_nvshmem_lane_create", *arguments)
@@ -219,7 +237,8 @@ class NvshmemLane:
         self.check()
 
     def destroy(self) -> None:
-        """Gives the memory back. Collective, unless the lane has failed. Idempotent.
+        """Gives the memory back. Collective over all ranks of the group, unless the lane has
+        failed. Idempotent.
 
         Raises:
             EPTimeoutError: the other ranks did not do the same within the deadline.
@@ -232,7 +251,7 @@ class NvshmemLane:
             raise problem
         nvshmem_library().ep_nvshmem_lane_delete(handle)
 
-    def _problem(self) -> EPError | None:
+    def _problem(self, processes: list[str]) -> EPError | None:
         """Why this rank cannot take part."""
         if self.topology.num_nodes < 2:
             return EPConfigError(f"num_nodes={self.topology.num_nodes}: a lane connects nodes")
@@ -240,41 +259,42 @@ class NvshmemLane:
             return EPDeviceError(missing)
         if self.device.type != "cuda":
             return EPConfigError(f"device={str(self.device)!r} is not a GPU")
-        if _joined is not None and _joined != self._ranks:
+        if _joined is not None and set(_joined) != set(processes):
             return EPConfigError(
-                f"a lane of ranks {self._ranks}: NVSHMEM of this process connects ranks {_joined}, "
-                "and can be begun only once"
+                f"a group of {len(processes)} ranks: NVSHMEM has begun in this process for other "
+                f"ones, {len(_joined)}, and cannot begin again"
             )
         return None
 
-    def _join(self, bootstrap: Bootstrap) -> None:
-        """Begins NVSHMEM, with the unique id of the rank on node 0. Collective."""
+    def _join(self, bootstrap: Bootstrap, processes: list[str]) -> None:
+        """Begins NVSHMEM, with the unique id of rank 0. Collective."""
         global _joined
         if _joined is not None:
             return
         env.set_nvshmem_defaults(self.options.staging_bytes + HEAP_EXTRA_BYTES)
         made = ctypes.create_string_buffer(UNIQUE_ID_BYTES)
         problem = None
-        if self.topology.node == 0:
+        if self.topology.rank == 0:
             problem = _attempt(self.timeout_s, "begin NVSHMEM", "ep_nvshmem_unique_id", made)
         _agree(bootstrap, problem, {"NVSHMEM": nvshmem_version()})
-        unique_id = bootstrap.all_gather(made.raw)[self.topology.lane_rank(0)]
-        pes = (self._device_index(), self.topology.node, self.num_nodes)
-        problem = _attempt(self.timeout_s, "begin NVSHMEM", "ep_nvshmem_join", *pes, unique_id)
+        unique_id = bootstrap.all_gather(made.raw)[0]
+        where = (self._device_index(), self.topology.rank, self.topology.num_ranks)
+        problem = _attempt(self.timeout_s, "begin NVSHMEM", "ep_nvshmem_join", *where, unique_id)
         _agree(bootstrap, problem, {})
-        _joined = self._ranks
+        _joined = processes
 
     def _config(self) -> NvshmemConfig:
         options = self.options
         return NvshmemConfig(
             device=self._device_index(),
-            pe=self.topology.node,
-            num_pes=self.num_nodes,
+            node=self.topology.node,
+            num_nodes=self.num_nodes,
             num_channels=options.num_blocks,
             num_slots=options.num_slots,
             is_direct=options.is_direct,
             staging_bytes=options.staging_bytes,
             timeout_us=int(self.timeout_s * 1e6),
+            pes=(c_int32 * self.num_nodes)(*self._pes),
             ranks=(c_int32 * self.num_nodes)(*self._ranks),
         )
 

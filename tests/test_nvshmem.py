@@ -180,16 +180,15 @@ def test_ranks_that_disagree_say_so(run_nodes):
 
 
 def on_rank_lanes(rank, case):
-    """Two ranks per node: two lanes, each with an NVSHMEM of its own."""
+    """Two ranks per node: two lanes."""
     lane = nvshmem_cases.make_lane(rank, case, num_local_ranks=2)
     nvshmem_cases.check_exchanges(lane, case)
     lane.destroy()
-    nvshmem.leave(20.0)
 
 
 @pytest.mark.gpu(1)
-def test_lanes_of_a_node_know_nothing_of_each_other(needs_nvshmem, launch):
-    launch(on_rank_lanes, Case(num_nodes=2), num_ranks=4, deadline_s=DEADLINE_S)
+def test_lanes_of_a_node_know_nothing_of_each_other(run_nodes):
+    run_nodes(4, on_rank_lanes, Case(num_nodes=2))
 
 
 def on_rank_silent(rank, case, silent):

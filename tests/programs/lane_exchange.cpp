@@ -36,6 +36,7 @@ struct Pe {
   std::vector<ChannelState> channels;
   uint32_t failed = 0;
   LaneRecord record{};
+  std::vector<int32_t> pes;
   Bytes sources[ep::kMaxLaneSections], received[ep::kMaxLaneSections];
   std::vector<int32_t> tokens;
   std::vector<LaneCounts> counts;
@@ -82,7 +83,7 @@ void prepare(std::vector<Pe>& pes, const Settings& settings, int64_t tokens_per_
 
 DeviceLane lane_of(Pe& own, int pe, const Settings& settings, const ep::RingLayout& layout) {
   const uint64_t timeout_ns = settings.silent < 0 ? 10'000'000'000ull : 300'000'000ull;
-  return {own.heap.data(), own.channels.data(), &own.failed, &own.record,
+  return {own.heap.data(), own.channels.data(), &own.failed, &own.record,       own.pes.data(),
           layout,          timeout_ns,          pe,          settings.is_direct};
 }
 
@@ -155,6 +156,7 @@ void run(const Settings& settings, std::mt19937& random) {
   Network::get().heaps.clear();
   for (Pe& own : pes) {
     own.heap.resize(layout.num_bytes);
+    for (int pe = 0; pe < settings.num_pes; ++pe) own.pes.push_back(pe);
     own.channels.resize(static_cast<size_t>(layout.num_channels) * layout.num_peers());
     Network::get().heaps.push_back(own.heap.data());
   }

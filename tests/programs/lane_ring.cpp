@@ -205,7 +205,7 @@ int main(int argc, char** argv) {
   World world = make_world(static_cast<int>(number(1)), static_cast<int>(number(2)),
                            static_cast<int>(number(3)), number(4), random);
   std::vector<std::thread> threads;
-  for (int pe = 0; pe < world.layout.num_pes && !problem; ++pe)
+  for (int pe = 0; pe < world.layout.num_nodes && !problem; ++pe)
     for (int channel = 0; channel < world.layout.num_channels; ++channel)
       threads.emplace_back([&world, pe, channel, seed = random()] {
         Block{world, pe, channel, std::mt19937(static_cast<unsigned>(seed))}.run();

@@ -51,14 +51,15 @@ int32_t ep_nvshmem_lane_create(const EpNvshmemConfig* config, EpNvshmemLane** la
                                int64_t* slot_bytes, EpError* error) {
   return guarded(error, [&] {
     ep::nvshmem::Lane::Config created{config->device,
-                                      config->pe,
-                                      config->num_pes,
+                                      config->node,
+                                      config->num_nodes,
                                       config->num_channels,
                                       config->num_slots,
                                       config->staging_bytes,
                                       config->timeout_us,
                                       config->is_direct != 0,
-                                      {config->ranks, config->ranks + config->num_pes}};
+                                      {config->pes, config->pes + config->num_nodes},
+                                      {config->ranks, config->ranks + config->num_nodes}};
     auto made = std::make_unique<EpNvshmemLane>(created);
     *slot_bytes = made->impl.slot_bytes();
     *lane = made.release();

@@ -11,10 +11,11 @@
 struct EpNvshmemLane;
 
 struct EpNvshmemConfig {
-  int32_t device, pe, num_pes;
+  int32_t device, node, num_nodes;
   int32_t num_channels, num_slots, is_direct;
   int64_t staging_bytes, timeout_us;
-  const int32_t* ranks;  // [num_pes]
+  const int32_t* pes;    // [num_nodes] NVSHMEM's numbers of the lane's ranks
+  const int32_t* ranks;  // [num_nodes] those of the user
 };
 
 /// Sizes of EpNvshmemConfig, LaneSection, LaneCounts, LaneExchangeArgs.

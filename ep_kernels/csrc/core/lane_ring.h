@@ -7,10 +7,10 @@
 #include "core/macros.h"
 #include "core/math.h"
 
-// Rings between the PEs of a lane: bounded memory through which messages of any length pass in
-// pieces. Only arithmetic; nvshmem/exchange.cuh moves the bytes.
+// Rings between the nodes of a lane, one rank on each: bounded memory through which messages of any
+// length pass in pieces. Only arithmetic; nvshmem/exchange.cuh moves the bytes.
 //
-// From every PE to every other go `num_channels` rings of `num_slots` slots. Piece i of a message
+// From every node to every other go `num_channels` rings of `num_slots` slots. Piece i of a message
 // goes through channel i mod num_channels, and each channel is served by one block at either end.
 // Pieces of a channel are numbered n = 0, 1, ... for as long as the lane lives; n uses slot
 // n mod num_slots, whose two words only grow:
@@ -90,20 +90,19 @@ constexpr int64_t tokens_that_fit(const int64_t (&bytes)[kMaxLaneSections], int6
   return num_tokens;
 }
 
-/// Byte offsets of the memory that every PE has for its rings, the same on all of them. P peers, C
-/// channels, S slots:
+/// Byte offsets of the memory that every node has for its rings, the same on all of them. P peers,
+/// C channels, S slots:
 ///
-///   | arrived [P][C][S] | credit [P][C][S] | farewells [P] | received [P][C][S] | staged [P][C][S]
-///   |
+///   | arrived [P][C][S] | credit [P][C][S] | farewells [P] | received [P][C][S] | staged ... |
 ///
-/// "received" is written by the peers; in "staged" a PE packs what it sends.
+/// "received" is written by the peers; in "staged" a node packs what it sends.
 struct RingLayout {
-  int num_pes, num_channels, num_slots;
+  int num_nodes, num_channels, num_slots;
   int64_t slot_bytes;
   size_t arrived, credit, farewells, received, staged, num_bytes;
 
-  EP_HOST_DEVICE constexpr RingLayout(int pes, int channels, int slots, int64_t bytes_of_slot)
-      : num_pes(pes),
+  EP_HOST_DEVICE constexpr RingLayout(int nodes, int channels, int slots, int64_t bytes_of_slot)
+      : num_nodes(nodes),
         num_channels(channels),
         num_slots(slots),
         slot_bytes(bytes_of_slot),
@@ -123,13 +122,13 @@ struct RingLayout {
     num_bytes = align_up(carve.end, size_t{128});
   }
 
-  EP_HOST_DEVICE constexpr int num_peers() const { return num_pes - 1; }
+  EP_HOST_DEVICE constexpr int num_peers() const { return num_nodes - 1; }
 
   /// Bytes of words, which have to be zero at first.
   EP_HOST_DEVICE constexpr size_t word_bytes() const { return received; }
 
   /// Place of `peer` among the peers of `owner`, and its inverse.
-  /// Example: of 4 PEs, PE 1 has the peers 0, 2 and 3 at the places 0, 1 and 2.
+  /// Example: of 4 nodes, node 1 has the peers 0, 2 and 3 at the places 0, 1 and 2.
   EP_HOST_DEVICE static constexpr int place_of(int owner, int peer) {
     return peer < owner ? peer : peer - 1;
   }
@@ -144,11 +143,11 @@ struct RingLayout {
   }
 };
 
-/// Bytes of a slot so that all rings of a PE together, both directions, take at most
-/// `staging_bytes` beside their words, whatever the number of PEs.
-constexpr int64_t slot_bytes_within(int64_t staging_bytes, int num_pes, int num_channels,
+/// Bytes of a slot so that all rings of a node together, both directions, take at most
+/// `staging_bytes` beside their words, whatever the number of nodes.
+constexpr int64_t slot_bytes_within(int64_t staging_bytes, int num_nodes, int num_channels,
                                     int num_slots) {
-  const int64_t num_all = int64_t{2} * (num_pes - 1) * num_channels * num_slots;
+  const int64_t num_all = int64_t{2} * (num_nodes - 1) * num_channels * num_slots;
   return num_all == 0 ? 0 : staging_bytes / num_all / 128 * 128;
 }
 

@@ -25,7 +25,7 @@ constexpr int kExchangeThreads = 512;
 struct Piece {
   const LaneExchangeArgs& args;
   PieceLayout layout;
-  int pe;               ///< the other end
+  int node;             ///< the other end
   int64_t first_entry;  ///< of `tokens` (producer), row of `dst` (consumer)
   int64_t num_tokens;
 };
@@ -58,9 +58,9 @@ __device__ inline void give_up(const Channel& channel, LaneStatus status, int pe
   record.seen = what.seen;
   store_word(&record.status, static_cast<uint32_t>(status));
   for (int place = 0; place < channel.num_peers(); ++place) {
-    const int to = RingLayout::peer_at(lane.pe, place);
-    nvshmemx_signal_op(channel.word_at(lane.layout.farewells, RingLayout::place_of(to, lane.pe)),
-                       static_cast<uint64_t>(culprit) + 1, NVSHMEM_SIGNAL_SET, to);
+    const int to = RingLayout::peer_at(lane.node, place);
+    nvshmemx_signal_op(channel.word_at(lane.layout.farewells, RingLayout::place_of(to, lane.node)),
+                       static_cast<uint64_t>(culprit) + 1, NVSHMEM_SIGNAL_SET, lane.pes[to]);
   }
 }
 
@@ -71,7 +71,7 @@ __device__ inline bool may_wait(const Channel& channel, int s, uint64_t waiting_
   for (int place = 0; place < channel.num_peers(); ++place) {
     const uint64_t said = load_flag(channel.word_at(lane.layout.farewells, place));
     if (said == 0) continue;
-    const int peer = RingLayout::peer_at(lane.pe, place);
+    const int peer = RingLayout::peer_at(lane.node, place);
     give_up(channel, LaneStatus::kFarewell, peer, static_cast<int>(said - 1), awaited(channel, s));
     return false;
   }
@@ -112,16 +112,17 @@ __device__ inline int choose_stream(const Channel& channel, int after) {
   }
 }
 
-/// All threads: puts one piece. Readers of the staged bytes are this PE's network card or copy.
+/// All threads: puts one piece. Readers of the staged bytes are this node's network card or copy.
 template <typename Producer>
 __device__ inline void send_piece(const Channel& channel, int s, const Piece& piece,
                                   const Producer& producer) {
   const DeviceLane& lane = channel.lane;
   const uint64_t n = channel.streams[s].next();
+  const int pe = lane.pes[piece.node];
   const size_t slot_there = channel.slot_at_peer(s, n);
   uint8_t* there = channel.slot_bytes(lane.layout.received, slot_there);
   uint64_t* arrived = channel.word_at(lane.layout.arrived, slot_there);
-  uint8_t* direct = lane.is_direct ? static_cast<uint8_t*>(nvshmem_ptr(there, piece.pe)) : nullptr;
+  uint8_t* direct = lane.is_direct ? static_cast<uint8_t*>(nvshmem_ptr(there, pe)) : nullptr;
   uint8_t* staged =
       channel.slot_bytes(lane.layout.staged, lane.layout.slot(channel.place(s), channel.index, n));
   uint8_t* packed = direct ? direct : staged;
@@ -133,9 +134,9 @@ __device__ inline void send_piece(const Channel& channel, int s, const Piece& pi
   __syncthreads();
   if (!direct) {
     nvshmemx_putmem_signal_nbi_block(there, staged, piece.layout.num_bytes, arrived, told_of(n),
-                                     NVSHMEM_SIGNAL_SET, piece.pe);
+                                     NVSHMEM_SIGNAL_SET, pe);
   } else if (threadIdx.x == 0) {
-    nvshmemx_signal_op(arrived, told_of(n), NVSHMEM_SIGNAL_SET, piece.pe);
+    nvshmemx_signal_op(arrived, told_of(n), NVSHMEM_SIGNAL_SET, pe);
   }
 }
 
@@ -156,7 +157,7 @@ __device__ inline bool receive_piece(const Channel& channel, int s, const Piece&
     const longlong2 header = __ldcg(reinterpret_cast<const longlong2*>(arrived));
     is_expected = header.x == piece.layout.num_bytes && header.y == piece.num_tokens;
     if (!is_expected)
-      give_up(channel, LaneStatus::kMismatch, piece.pe, piece.pe,
+      give_up(channel, LaneStatus::kMismatch, piece.node, piece.node,
               {piece.layout.num_bytes, header.x});
   }
   __syncthreads();
@@ -167,7 +168,7 @@ __device__ inline bool receive_piece(const Channel& channel, int s, const Piece&
   if (threadIdx.x == 0) {
     __threadfence_system();
     nvshmemx_signal_op(channel.word_at(lane.layout.credit, channel.slot_at_peer(s, n)), told_of(n),
-                       NVSHMEM_SIGNAL_SET, piece.pe);
+                       NVSHMEM_SIGNAL_SET, lane.pes[piece.node]);
   }
   return true;
 }

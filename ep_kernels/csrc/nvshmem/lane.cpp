@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kMaxStreamBytes = 48 << 10;  ///< of shared memory without asking for more
 
-/// What a PE waited for, for people.
+/// What a node waited for, for people.
 std::string awaited_text(LaneStatus status, const LaneRecord& record) {
   const auto words = concat(" (channel ", record.channel, ": expected ", record.expected, ", seen ",
                             record.seen, ")");
@@ -21,28 +21,28 @@ std::string awaited_text(LaneStatus status, const LaneRecord& record) {
 }
 
 RingLayout layout_of(const Lane::Config& config) {
-  EP_CHECK(config.num_pes >= 2, "num_pes=", config.num_pes, " is less than 2");
+  EP_CHECK(config.num_nodes >= 2, "num_nodes=", config.num_nodes, " is less than 2");
   EP_CHECK(config.num_channels >= 1, "num_blocks=", config.num_channels, " is less than 1");
   EP_CHECK(config.num_slots >= 1, "num_slots=", config.num_slots, " is less than 1");
-  const int64_t slot_bytes = slot_bytes_within(config.staging_bytes, config.num_pes,
+  const int64_t slot_bytes = slot_bytes_within(config.staging_bytes, config.num_nodes,
                                                config.num_channels, config.num_slots);
   EP_CHECK(slot_bytes > 0, "staging_bytes=", config.staging_bytes, " is too little for ",
-           2 * (config.num_pes - 1), " rings of ", config.num_channels, " channels and ",
+           2 * (config.num_nodes - 1), " rings of ", config.num_channels, " channels and ",
            config.num_slots, " slots");
-  const int64_t stream_bytes = int64_t{64} * (config.num_pes - 1);
-  EP_CHECK(stream_bytes <= kMaxStreamBytes, "num_pes=", config.num_pes, " exceeds ",
+  const int64_t stream_bytes = int64_t{64} * (config.num_nodes - 1);
+  EP_CHECK(stream_bytes <= kMaxStreamBytes, "num_nodes=", config.num_nodes, " exceeds ",
            kMaxStreamBytes / 64 + 1);
-  return {config.num_pes, config.num_channels, config.num_slots, slot_bytes};
+  return {config.num_nodes, config.num_channels, config.num_slots, slot_bytes};
 }
 
 }  // namespace
 
 Lane::Lane(const Config& config)
-    : config_(config), device_{{}, {}, {}, {}, layout_of(config), 0, 0, 0} {
+    : config_(config), device_{{}, {}, {}, {}, {}, layout_of(config), 0, 0, 0} {
   EP_CHECK_CUDA(cudaSetDevice(config.device));
   const RingLayout& layout = device_.layout;
   device_.timeout_ns = static_cast<uint64_t>(config.timeout_us) * 1000;
-  device_.pe = config.pe;
+  device_.node = config.node;
   device_.is_direct = config.is_direct ? 1 : 0;
   device_.heap = static_cast<uint8_t*>(nvshmem_align(128, layout.num_bytes));
   if (device_.heap == nullptr)
@@ -58,15 +58,17 @@ Lane::Lane(const Config& config)
   EP_CHECK_CUDA(cudaHostAlloc(reinterpret_cast<void**>(&device_.record), sizeof(LaneRecord),
                               cudaHostAllocMapped));
   *device_.record = {};
+  const size_t pes_bytes = config.pes.size() * sizeof(int32_t);
+  EP_CHECK_CUDA(cudaMalloc(reinterpret_cast<void**>(&pes_), pes_bytes));
+  EP_CHECK_CUDA(cudaMemcpy(pes_, config.pes.data(), pes_bytes, cudaMemcpyHostToDevice));
+  device_.pes = pes_;
   EP_CHECK_CUDA(cudaDeviceSynchronize());
 }
 
 Lane::~Lane() {
   if (is_destroyed_) return;
   // NOTE: symmetric memory is given back by destroy() only, as that needs all PEs.
-  cudaFree(device_.channels);
-  cudaFree(device_.failed);
-  cudaFreeHost(device_.record);
+  free_own_memory();
 }
 
 void Lane::exchange(const LaneExchangeArgs& args, cudaStream_t stream) {
@@ -102,7 +104,7 @@ void Lane::check() const {
   if (is_destroyed_ || !has_failed()) return;
   const LaneRecord& record = *device_.record;
   const auto status = static_cast<LaneStatus>(record.status);
-  const int rank = config_.ranks[config_.pe], peer = config_.ranks[record.peer];
+  const int rank = config_.ranks[config_.node], peer = config_.ranks[record.peer];
   if (status == LaneStatus::kMismatch)
     throw DisagreementError(concat("rank ", peer, " sent a piece of ", record.seen,
                                    " bytes to rank ", rank, ", which expected ", record.expected));
@@ -116,15 +118,20 @@ void Lane::check() const {
   throw TimeoutError(text, known);
 }
 
+void Lane::free_own_memory() {
+  cudaFree(device_.channels);
+  cudaFree(device_.failed);
+  cudaFree(pes_);
+  cudaFreeHost(device_.record);
+}
+
 void Lane::destroy() {
   if (is_destroyed_) return;
   EP_CHECK_CUDA(cudaSetDevice(config_.device));
   EP_CHECK_CUDA(cudaDeviceSynchronize());
   const bool is_collective = !has_failed();
   is_destroyed_ = true;
-  cudaFree(device_.channels);
-  cudaFree(device_.failed);
-  cudaFreeHost(device_.record);
+  free_own_memory();
   if (is_collective) nvshmem_free(device_.heap);
 }
 

@@ -15,8 +15,8 @@ struct LaneSection {
   int64_t bytes;       ///< 0: there is no such section
 };
 
-/// What this PE exchanges with one PE. Entries `send_first`, ... of `tokens` name the rows to send;
-/// what comes is written to rows `recv_first`, ... of `dst`.
+/// What this node exchanges with one node. Entries `send_first`, ... of `tokens` name the rows to
+/// send; what comes is written to rows `recv_first`, ... of `dst`.
 struct LaneCounts {
   int64_t send_first, num_sent;
   int64_t recv_first, num_received;
@@ -24,8 +24,9 @@ struct LaneCounts {
 
 struct LaneExchangeArgs {
   LaneSection sections[kMaxLaneSections];
-  const int32_t* tokens;     ///< rows of `src`; null: entry i is row i
-  const LaneCounts* counts;  ///< [num_pes], device memory; that of this PE itself is not looked at
+  const int32_t* tokens;  ///< rows of `src`; null: entry i is row i
+  const LaneCounts*
+      counts;  ///< [num_nodes], device memory; that of this node itself is not looked at
 };
 
 }  // namespace ep::nvshmem

@@ -29,17 +29,18 @@ struct Channel {
   __device__ __forceinline__ bool is_send(int stream) const { return stream < num_peers(); }
   __device__ __forceinline__ int place(int stream) const { return stream % num_peers(); }
   __device__ __forceinline__ int peer(int stream) const {
-    return RingLayout::peer_at(lane.pe, place(stream));
+    return RingLayout::peer_at(lane.node, place(stream));
   }
-  /// Word in this PE's memory for piece n of a stream: the credit of a send, the arrival of a recv.
+  /// Word in this node's memory for piece n of a stream: the credit of a send, the arrival of a
+  /// recv.
   __device__ __forceinline__ uint64_t* word(int stream, uint64_t n) const {
     const RingLayout& layout = lane.layout;
     const size_t region = is_send(stream) ? layout.credit : layout.arrived;
     return reinterpret_cast<uint64_t*>(lane.heap + region) + layout.slot(place(stream), index, n);
   }
-  /// Byte offset of the slot that a peer uses for what it exchanges with this PE.
+  /// Byte offset of the slot that a peer uses for what it exchanges with this node.
   __device__ __forceinline__ size_t slot_at_peer(int stream, uint64_t n) const {
-    return lane.layout.slot(RingLayout::place_of(peer(stream), lane.pe), index, n);
+    return lane.layout.slot(RingLayout::place_of(peer(stream), lane.node), index, n);
   }
   __device__ __forceinline__ uint8_t* slot_bytes(size_t region, size_t slot) const {
     return lane.heap + region + slot * lane.layout.slot_bytes;
@@ -76,7 +77,7 @@ __device__ inline void end_streams(const Channel& channel) {
   }
 }
 
-/// Reads the word of a piece in this PE's memory.
+/// Reads the word of a piece in this node's memory.
 struct LoadWord {
   const Channel& channel;
   int stream;
