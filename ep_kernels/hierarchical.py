@@ -68,15 +68,15 @@ class HierarchicalBackend(CpuBackend):
     _lane: Lane | None = None
     _wait: tuple[int, int]
     """The rank of another node that this one waits for, and since when."""
+    _waited_us: torch.Tensor
+    """[R] int64, for each rank in the call under way."""
 
     def __init__(self, bootstrap: Bootstrap, settings: Settings, topology: Topology) -> None:
         self._steps = lane_library()
         self._topology, self._staging_bytes = topology, settings.staging_bytes
         self._queue = CallQueue()
         self._routes = RouteBook()
-        self._waited_us = torch.zeros(
-            topology.num_ranks, dtype=torch.int64
-        )  # in the call under way
+        self._waited_us = torch.zeros(topology.num_ranks, dtype=torch.int64)
         super().__init__(bootstrap, settings, topology)
         try:
             self._lane = make_lane(bootstrap, topology, settings.timeout_s, self._waiting_for)
