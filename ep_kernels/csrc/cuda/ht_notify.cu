@@ -8,7 +8,6 @@
 //   plan_kernel
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "core/math.h"
 #include "core/types.h"
@@ -457,10 +456,7 @@ void launch_plan(const DeviceGroup& group, const HtDispatchArgs& args, const int
   allow_shared_memory(plan_kernel, mask_bytes(group));
   const LaunchShape shape{static_cast<int>(num_blocks(args)), kNumThreads,
                           static_cast<int>(mask_bytes(group))};
-  if (std::getenv("EP_PROBE_LATE"))
-    plan_kernel<<<num_blocks(args), kNumThreads, mask_bytes(group), stream>>>(group, args, scratch);
-  else
-    launch_early(plan_kernel, shape, stream, group, args, scratch);
+  launch_early(plan_kernel, shape, stream, group, args, scratch);
 }
 
 }  // namespace ep::cuda

@@ -4,8 +4,6 @@
 //   offer    say where this rank's memory is, wait until all ranks have   offer_kernel
 //   finish   of calls that move no rows at all                            finish_kernel
 
-#include <cstdlib>
-
 #include "cuda/check_cuda.h"
 #include "cuda/device/dependent_launch.cuh"
 #include "cuda/kernels.h"
@@ -79,10 +77,7 @@ void launch_post(const DeviceGroup& group, const PostArgs& post, CallRecord* rec
 
 void launch_offer(const DeviceGroup& group, const Offer& offer, CallRecord* record,
                   cudaStream_t stream) {
-  if (std::getenv("EP_PROBE_LATE"))
-    offer_kernel<<<1, kNumThreads, 0, stream>>>(group, offer, record);
-  else
-    launch_early(offer_kernel, {1, kNumThreads, 0}, stream, group, offer, record);
+  launch_early(offer_kernel, {1, kNumThreads, 0}, stream, group, offer, record);
 }
 
 void launch_finish(const DeviceGroup& group, CallRecord* record, cudaStream_t stream) {

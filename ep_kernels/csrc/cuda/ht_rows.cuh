@@ -1,8 +1,6 @@
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 
 #include "core/ht_args.h"
 #include "core/math.h"
@@ -20,11 +18,7 @@ namespace ep::cuda {
 constexpr int kWarpSize = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kNumStages = 2;
-constexpr int kRowWarps = 24;
-inline int probe(const char* name, int otherwise) {
-  const char* text = std::getenv(name);
-  return text ? std::atoi(text) : otherwise;
-}
+constexpr int kRowWarps = 16;
 constexpr int kMaxPieceBytes = 4 << 10;
 constexpr int kMaxScaleBytes = 512;  // that have room beside a piece
 constexpr int kMaxStageBytes = kMaxPieceBytes + kMaxScaleBytes;
@@ -36,7 +30,6 @@ struct Pieces {
   int num_bytes;         // of a full piece
   int scale_bytes;       // of a row
   bool are_scales_bulk;  // they travel through the stage of the first piece
-  int policy = 0;
 
   EP_HOST_DEVICE int scales_begin() const { return align_up(num_bytes, 128); }
   EP_HOST_DEVICE int stage_bytes() const {
@@ -46,32 +39,25 @@ struct Pieces {
 
 /// `are_aligned`: the scales that are read begin at a multiple of 16 bytes.
 inline Pieces cut_rows(const HtSizes& sizes, bool are_aligned) {
-  const int64_t num_per_row =
-      ceil_div(sizes.row_bytes, int64_t{probe("EP_PROBE_PIECE", kMaxPieceBytes)});
+  const int64_t num_per_row = ceil_div(sizes.row_bytes, int64_t{kMaxPieceBytes});
   const int64_t num_bytes = align_up(ceil_div(sizes.row_bytes, num_per_row), int64_t{16});
   const int64_t scale_bytes = sizes.scale_bytes;
-  return {sizes.row_bytes,
-          static_cast<int>(num_per_row),
-          static_cast<int>(num_bytes),
+  return {sizes.row_bytes, static_cast<int>(num_per_row), static_cast<int>(num_bytes),
           static_cast<int>(scale_bytes),
-          probe("EP_PROBE_BULK_SCALES", 1) && are_aligned && scale_bytes <= kMaxScaleBytes &&
-              scale_bytes % 16 == 0,
-          probe("EP_PROBE_POLICY", 0)};
+          are_aligned && scale_bytes <= kMaxScaleBytes && scale_bytes % 16 == 0};
 }
 
 /// Once per kernel that moves rows and device.
 template <typename Kernel>
 void allow_stages(Kernel* kernel) {
   if (has_sm90_features())
-    EP_CHECK_CUDA(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 208 << 10));
+    EP_CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       kRowWarps * kNumStages * kMaxStageBytes));
 }
 
 inline LaunchShape shape_for_rows(const HtSizes& sizes, const Pieces& pieces) {
-  const int num_warps =
-      std::min(probe("EP_PROBE_WARPS", 16), (208 << 10) / (kNumStages * pieces.stage_bytes()));
-  const int stages_bytes = num_warps * kNumStages * pieces.stage_bytes();
-  return {sizes.num_threads, num_warps * kWarpSize, has_sm90_features() ? stages_bytes : 0};
+  const int stages_bytes = kRowWarps * kNumStages * pieces.stage_bytes();
+  return {sizes.num_threads, kRowWarps * kWarpSize, has_sm90_features() ? stages_bytes : 0};
 }
 
 /// A piece of a row; the first one takes the row's scales along.
@@ -132,10 +118,7 @@ struct Stages {
   __device__ void load(int64_t step, const Piece& piece, const Source& from) const {
     const uint32_t scale_bytes = pieces.are_scales_bulk ? piece.scale_bytes : 0;
     expect_bytes(barrier(step), piece.num_bytes + scale_bytes);
-    if (pieces.policy & 1)
-      bulk_load_hinted(x(step), from.x, piece.num_bytes, barrier(step));
-    else
-      bulk_load_expected(x(step), from.x, piece.num_bytes, barrier(step));
+    bulk_load_expected(x(step), from.x, piece.num_bytes, barrier(step));
     if (scale_bytes > 0) bulk_load_expected(scales(step), from.scales, scale_bytes, barrier(step));
   }
 
@@ -150,10 +133,7 @@ struct Stages {
     for (unsigned left = __ballot_sync(kAllLanes, own.x != nullptr); left != 0; left &= left - 1) {
       const int lane = __ffs(left) - 1;
       uint8_t* const dst = pointer_of(own.x, lane);
-      if (is_mover && pieces.policy & 2)
-        bulk_store_hinted(dst, x(step), piece.num_bytes);
-      else if (is_mover)
-        bulk_store(dst, x(step), piece.num_bytes);
+      if (is_mover) bulk_store(dst, x(step), piece.num_bytes);
       if (piece.scale_bytes == 0) continue;
       uint8_t* const dst_scales = pointer_of(own.scales, lane);
       if (!pieces.are_scales_bulk)

@@ -46,29 +46,6 @@ __device__ __forceinline__ void bulk_load_expected(void* dst, const void* src, u
       : "memory");
 }
 
-__device__ __forceinline__ uint64_t evict_first_policy() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-__device__ __forceinline__ void bulk_load_hinted(void* dst, const void* src, uint32_t num_bytes,
-                                                 uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
-      "[%1], "
-      "%2, [%3], %4;" ::"r"(shared_address(dst)),
-      "l"(src), "r"(num_bytes), "r"(shared_address(barrier)), "l"(evict_first_policy())
-      : "memory");
-}
-
-__device__ __forceinline__ void bulk_store_hinted(void* dst, const void* src, uint32_t num_bytes) {
-  asm volatile(
-      "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(dst),
-      "r"(shared_address(src)), "r"(num_bytes), "l"(evict_first_policy())
-      : "memory");
-}
-
 /// Starts a copy into shared memory that is a phase of `barrier` alone.
 __device__ __forceinline__ void bulk_load(void* dst, const void* src, uint32_t num_bytes,
                                           uint64_t* barrier) {
