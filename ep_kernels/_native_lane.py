@@ -17,7 +17,7 @@ from ep_kernels._native import (
     load_library,
 )
 
-OFFER_WORDS = 5  # int64 words of an Offer
+OFFER_WORDS = 6  # int64 words of an Offer
 NUM_POST_FIELDS = 10
 MAX_TEXT = 512
 
