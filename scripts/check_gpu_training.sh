@@ -149,7 +149,7 @@ compare_dispatchers() {
 }
 
 look_at_host() {
-  local flags=(--profile --overlap --dispatchers deepep deepep/2 deepep/4 deepep/auto)
+  local flags=(--profile --overlap --dispatchers deepep deepep/2 deepep/4 deepep/auto deepep+fp8)
   bench host 4 --warmup 7 "${flags[@]}"
   bench host-balanced 4 --warmup 7 --balance --tokens 8192 "${flags[@]}"
 }

@@ -221,6 +221,10 @@ def on_rank_errors(rank):
     with layers.megatron(Grid(ep=2), num_chunks=2):
         for late_options, problem in (
             ({"delay_wgrad_compute": True}, "delay_wgrad_compute=False"),
+            (
+                {"overlap_moe_expert_parallel_comm": True},
+                "overlap_moe_expert_parallel_comm=False, which takes the layer's steps apart",
+            ),
             (recomputed, "moe_act among recompute_modules"),
         ):
             with pytest.raises(ValueError, match=problem):
