@@ -5,7 +5,8 @@
     parts of host       fresh dispatches, which wait for counts; other calls of the buffer; waiting
                         for their ends (which no host does on GPUs); the experts; the rest: router,
                         autograd, sums of gradients
-    device busy         when any kernel or copy runs on the device, for this rank's process
+    device busy         when any kernel or copy of this rank runs on the device; 0 if the profiler
+                        sees none
     ops, launches       operators of ATen; kernels and copies that were given to the device
     waits               calls of the CUDA runtime that wait for the device
 
