@@ -148,6 +148,9 @@ moe_layer() {
   if python -m megatron_ep.bench --help 2>/dev/null | grep -q -- --device; then
     options+=(--device cuda)
   fi
+  if is_importable transformer_engine.pytorch; then
+    options+=(--te)
+  fi
   step moe_layer 90 "${mps_if_shared[@]}" python -m torch.distributed.run --standalone \
     --nproc-per-node "$num_ranks" -m megatron_ep.bench "${options[@]}"
   grep '^{' "$folder/moe_layer.log" >"$folder/moe_layer.jsonl" || true
