@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ep_kernels.bootstrap import Bootstrap
     from ep_kernels.streams import CudaStream
 
-LAUNCHED = 5  # a kind of messages; node_control.py, routes.py and transport.py have the others
+LAUNCHED, STUCK = 5, 6  # kinds of messages; node_control.py, routes.py and transport.py have others
 
 Tensors = Mapping[int, torch.Tensor]
 """By node."""
@@ -91,11 +91,7 @@ class NcclTransport(Transport):
         if not sends and not recvs:
             return
         work = self._group.exchange(sends, recvs)
-        launched = []
-        for node in sorted({*sends, *recvs}):
-            for start in (self._lane.irecv, self._lane.isend):
-                word = torch.zeros(1, dtype=torch.uint8)
-                launched.append(start(node, word, self._message))
+        launched = self._tell(sorted({*sends, *recvs}), self._message)
         self._groups[step] = _Group(work, launched, recvs)
         self._bytes_sent += sum(chunks.values())
         self._bytes_received += sum(expected.values())
@@ -106,10 +102,33 @@ class NcclTransport(Transport):
             return {}
         for transfer in group.launched:
             self._lane.wait(transfer)
-        if not _wait_until(lambda: self._group.is_over(group.work), self._lane.deadline_s):
+        try:
+            is_over = _wait_until(lambda: self._group.is_over(group.work), self._lane.deadline_s)
+        except EPDeviceError:
+            is_over = False
+        if not is_over:
+            self._find_lost(group)
             raise self._lane.silence(group.launched[0])
         self._group.make_rows_wait(group.work)
         return group.received
+
+    def _find_lost(self, group: _Group) -> None:
+        """A group does not say who of several broke it: those that are there say so over the lane.
+
+        Raises:
+            EPTimeoutError: naming one that does not.
+        """
+        message = replace(self._message, kind=STUCK)
+        for transfer in self._tell(sorted({each.node for each in group.launched}), message):
+            self._lane.wait(transfer)
+
+    def _tell(self, nodes: list[int], message: Message) -> list[Transfer]:
+        """Starts to exchange a message without content with each node."""
+        return [
+            start(node, torch.zeros(1, dtype=torch.uint8), message)
+            for node in nodes
+            for start in (self._lane.irecv, self._lane.isend)
+        ]
 
     def release(self, step: int) -> None:
         """The group that writes there next comes after the work that reads it."""

@@ -1,4 +1,4 @@
-"""Streams of a device and moments of them, with the same meaning where work runs at once."""
+"""Streams of a device, and moments of them. Tests have others, without a GPU."""
 
 from __future__ import annotations
 
@@ -36,34 +36,6 @@ class Stream(Protocol):
 
     def synchronize(self) -> None:
         """Blocks the host until all work is done. Raises EPDeviceError."""
-
-
-class _Now:
-    """A moment that is past."""
-
-    def synchronize(self) -> None:
-        """It is past."""
-
-
-class HostStream:
-    """Work on the host, which is done when it has been given."""
-
-    def record(self) -> Moment:
-        return _Now()
-
-    def wait(self, moment: Moment) -> None:
-        moment.synchronize()
-
-    def copy(self, to: torch.Tensor, of: torch.Tensor) -> None:
-        to.copy_(of)
-
-    def host_memory(self, num_bytes: int) -> torch.Tensor:
-        import torch
-
-        return torch.empty(num_bytes, dtype=torch.uint8)
-
-    def synchronize(self) -> None:
-        """It is done."""
 
 
 class _CudaMoment:
@@ -107,7 +79,8 @@ class CudaStream:
     def host_memory(self, num_bytes: int) -> torch.Tensor:
         import torch
 
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        with torch.cuda.device(self.raw.device):  # threads begin with another one
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def synchronize(self) -> None:
         with device_errors():

@@ -1,6 +1,8 @@
 """The backend of GPUs over several nodes without a GPU: the same Python, and the CPU's steps for
-work on rows. "Device" memory is a pool of its own, apart from the one that carries announcements;
-streams do their work at once.
+work on rows. "Device" memory is a pool of its own, apart from the one that carries announcements.
+
+Streams are as lazy as they may be: work runs when the host waits for it. So what is not ordered
+behind something else finds memory that is not filled yet, or is filled anew already.
 """
 
 from __future__ import annotations
@@ -14,17 +16,77 @@ from datetime import timedelta
 from unittest import mock
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ep_kernels import _native, buffer
-from ep_kernels._native_lane import lane_library
+from ep_kernels._native_lane import OFFER_WORDS, LaneMergeArgs, LaneSums, lane_library
 from ep_kernels.cpu_backend import CpuBackend
 from ep_kernels.cuda_nodes import agree_on_transport, make_core
 from ep_kernels.device_rows import DeviceRows
 from ep_kernels.errors import EPDeviceError
 from ep_kernels.hierarchical import HierarchicalBackend
 from ep_kernels.nccl_transport import NcclTransport
-from ep_kernels.streams import HostStream
 from ep_kernels.transport import HostTransport
+
+
+class LazyStream:
+    """Runs its work when somebody waits for it."""
+
+    def __init__(self):
+        self._waiting, self._num_given, self._num_run = [], 0, 0
+        self._lock = threading.RLock()
+
+    def give(self, work):
+        with self._lock:
+            self._waiting.append(work)
+            self._num_given += 1
+
+    def run(self, number):
+        with self._lock:
+            while self._num_run < number:
+                self._num_run += 1
+                self._waiting.pop(0)()
+
+    def record(self):
+        return LazyMoment(self, self._num_given)
+
+    def wait(self, moment):
+        self.give(moment.synchronize)
+
+    def copy(self, to, of):
+        if not is_known(of):  # of pageable memory: it is read at once
+            of = of.clone()
+        self.give(lambda: to.copy_(of))
+
+    def host_memory(self, num_bytes):
+        return known_memory(num_bytes, 0x3C)
+
+    def synchronize(self):
+        self.record().synchronize()
+
+
+_known = {}
+"""Memory on the "device" and pinned host memory, by address."""
+
+
+def known_memory(num_bytes, content):
+    memory = torch.full((num_bytes,), content, dtype=torch.uint8)
+    storage = memory.untyped_storage()
+    _known[storage.data_ptr()] = StorageWeakRef(storage)
+    return memory
+
+
+def is_known(tensor):
+    found = _known.get(tensor.untyped_storage().data_ptr())
+    return found is not None and not found.expired()
+
+
+class LazyMoment:
+    def __init__(self, stream, number):
+        self._stream, self._number = stream, number
+
+    def synchronize(self):
+        self._stream.run(self._number)
 
 
 class HostDevice:
@@ -32,29 +94,46 @@ class HostDevice:
 
     def __init__(self, bootstrap, settings, topology):
         self.memory = CpuBackend(bootstrap, settings, topology)
-        self.rows = HostStream()
+        self.rows, self._offers_bytes = LazyStream(), 8 * OFFER_WORDS * topology.num_ranks
+        self._made = []
 
     def is_capturing(self):
         return False
 
     def current_stream(self):
-        return self.rows
+        return LazyStream()
 
     def as_current(self, stream):
         return contextlib.nullcontext()
 
     def new_stream(self):
-        return HostStream()
+        return LazyStream()
 
     def new_memory(self, num_bytes):
-        return torch.full((num_bytes,), 0x5A, dtype=torch.uint8)
+        """Memory that is freed may be in use by work that was given before."""
+        memory = known_memory(num_bytes, 0x5A)
+        self._made = [*self._made[-200:], memory]
+        return memory
 
     def step(self, name, *arguments):
         function = getattr(lane_library(), f"ep_lane_{name}")
-        _native.call(function, self.memory.core, *arguments)
+        given = [self._as_given(argument) for argument in arguments]
+        self.rows.give(lambda: _native.call(function, self.memory.core, *given))
+
+    def _as_given(self, argument):
+        """A launch takes structures, and the offers, as they are."""
+        if isinstance(argument, int):
+            return ctypes.create_string_buffer(
+                ctypes.string_at(argument, self._offers_bytes), self._offers_bytes
+            )
+        given = type(argument._obj).from_buffer_copy(argument._obj)
+        if isinstance(given, LaneMergeArgs):
+            given.kept = (LaneSums * given.num_nodes)(*given.nodes[: given.num_nodes])
+            given.nodes = given.kept
+        return given
 
     def copy_to_host(self, to, address, stream):
-        ctypes.memmove(to.data_ptr(), address, to.nbytes)
+        stream.give(lambda: ctypes.memmove(to.data_ptr(), address, to.nbytes))
 
     def wait_for_freed(self):
         pass
@@ -62,7 +141,7 @@ class HostDevice:
     def make_transport(self, lane, bootstrap):
         if agree_on_transport(bootstrap) == "nccl":
             name = bootstrap.all_gather(uuid.uuid4().hex)[0]
-            return NcclTransport(lane, GlooGroup(lane, name), self.new_memory)
+            return NcclTransport(lane, GlooGroup(lane, name, self.rows), self.new_memory)
         return HostTransport(lane, self.rows, self.new_stream, self.new_memory)
 
     def close(self):
@@ -73,11 +152,11 @@ class GlooGroup:
     """Groups of transfers as NCCL has them: one after the other, on a thread as if it were a
     stream."""
 
-    def __init__(self, lane, name):
+    def __init__(self, lane, name, rows):
         import torch.distributed as dist
         from torch.distributed.distributed_c10d import _get_default_store
 
-        topology = lane.topology
+        topology, self._rows = lane.topology, rows
         store = dist.PrefixStore(f"twin/{name}/{topology.local_rank}", _get_default_store())
         self._any_node = topology.other_nodes[0]
         self.messages = dist.ProcessGroupGloo(
@@ -86,7 +165,8 @@ class GlooGroup:
         self._before = None
 
     def exchange(self, sends, recvs):
-        group = _GroupUnderWay(self, sends, recvs, self._before)
+        packed = self._rows.record()
+        group = _GroupUnderWay(self, sends, recvs, (self._before, packed))
         self._before = group
         return group
 
@@ -96,7 +176,7 @@ class GlooGroup:
         return work.is_finished.is_set()
 
     def make_rows_wait(self, work):
-        work.is_finished.wait()
+        self._rows.give(work.is_finished.wait)
 
     def abort(self):
         """Breaks all connections, as gloo does when a wait runs out of time."""
@@ -114,8 +194,10 @@ class _GroupUnderWay:
 
     def _run(self, group, sends, recvs, before):
         try:
-            if before is not None:
-                before.is_finished.wait()
+            group_before, packed = before
+            if group_before is not None:
+                group_before.is_finished.wait()
+            packed.synchronize()
             works = [group.messages.recv([tensor], node, 0) for node, tensor in recvs.items()]
             works += [group.messages.send([tensor], node, 0) for node, tensor in sends.items()]
             for work in works:
