@@ -51,7 +51,7 @@ class CudaNodesBackend(HierarchicalBackend):
                     device.close()
                     device.memory.destroy()
                 core.destroy()
-                raise type(found)(f"rank {rank}: {found}")
+                raise type(found)(f"rank {rank}, by local ranks of its node: {found}")
         assert device is not None
         super().__init__(core, DeviceRows(device), bootstrap, settings, topology)
 

@@ -61,7 +61,8 @@ class CudaStream:
         import torch
 
         # Few blocks that peers wait for go before the many of a GEMM.
-        self.raw = raw or torch.cuda.Stream(device, priority=-1)
+        with device_errors():
+            self.raw = raw or torch.cuda.Stream(device, priority=-1)
 
     def record(self) -> Moment:
         return _CudaMoment(self.raw)

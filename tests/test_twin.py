@@ -36,15 +36,17 @@ def over(transport):
     return mock.patch.dict(os.environ, EP_KERNELS_SCALEOUT=transport)
 
 
-def on_rank_cases(rank, transport):
-    with over(transport):
+def on_rank_cases(rank, transport, copies_early):
+    with over(transport), mock.patch.object(twin.HostDevice, "copies_early", copies_early):
         cases.run_cases(rank, "twin", CASES)
 
 
-@TRANSPORTS
+@pytest.mark.parametrize(
+    ("transport", "copies_early"), [("host", False), ("host", True), ("nccl", False)]
+)
 @pytest.mark.parametrize("num_ranks", [4])
-def test_rows_arrive_in_spite_of_lazy_streams(ranks, transport, num_ranks):
-    ranks.run(on_rank_cases, transport)
+def test_rows_arrive_in_spite_of_lazy_streams(ranks, transport, copies_early, num_ranks):
+    ranks.run(on_rank_cases, transport, copies_early)
 
 
 def on_rank_async_calls(rank, transport):

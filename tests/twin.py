@@ -1,7 +1,7 @@
 """The backend of GPUs over several nodes without a GPU: the same Python, and the CPU's steps for
 work on rows. "Device" memory is a pool of its own, apart from the one that carries announcements.
 
-Streams are as lazy as they may be: work runs when the host waits for it. So what is not ordered
+Work on rows is as lazy as it may be: it runs when the host waits for it. So what is not ordered
 behind something else finds memory that is not filled yet, or is filled anew already.
 """
 
@@ -30,9 +30,10 @@ from ep_kernels.transport import HostTransport
 
 
 class LazyStream:
-    """Runs its work when somebody waits for it."""
+    """Runs its work when somebody waits for it; or, if it is eager, as soon as it may."""
 
-    def __init__(self):
+    def __init__(self, *, is_eager=False):
+        self._is_eager = is_eager
         self._waiting, self._num_given, self._num_run = [], 0, 0
         self._lock = threading.RLock()
 
@@ -40,6 +41,8 @@ class LazyStream:
         with self._lock:
             self._waiting.append(work)
             self._num_given += 1
+        if self._is_eager:
+            self.run(self._num_given)
 
     def run(self, number):
         with self._lock:
@@ -90,7 +93,13 @@ class LazyMoment:
 
 
 class HostDevice:
-    """A device whose memory is the host's."""
+    """A device whose memory is the host's.
+
+    Attributes:
+        copies_early: other streams than that of the work on rows are not lazy.
+    """
+
+    copies_early = False
 
     def __init__(self, bootstrap, settings, topology):
         self.memory = CpuBackend(bootstrap, settings, topology)
@@ -107,7 +116,7 @@ class HostDevice:
         return contextlib.nullcontext()
 
     def new_stream(self):
-        return LazyStream()
+        return LazyStream(is_eager=self.copies_early)
 
     def new_memory(self, num_bytes):
         """Memory that is freed may be in use by work that was given before."""
