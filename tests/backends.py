@@ -19,7 +19,8 @@ def backends(*names):
     """For tests that do not run on all backends: parametrizes `backend`. Those for "nodes" also run
     on BY_NAME."""
     names = [name for name in names if name in BACKENDS]
-    return pytest.mark.parametrize("backend", [*names, *(BY_NAME if "nodes" in names else ())])
+    by_name = BY_NAME if "nodes" in names else ()
+    return pytest.mark.parametrize("backend", [param(name) for name in (*names, *by_name)])
 
 
 def param(name):
