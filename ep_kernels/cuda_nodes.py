@@ -155,7 +155,7 @@ class CudaDevice:
         """The one that EP_KERNELS_SCALEOUT names."""
         name = agree_on_transport(bootstrap)
         if name == "nccl":
-            from ep_kernels.nccl_transport import make_nccl_transport
+            from ep_kernels.nccl_group import make_nccl_transport
 
             return make_nccl_transport(lane, bootstrap, self.rows, self.new_memory)
         return HostTransport(lane, self.rows, self.new_stream, self.new_memory)
