@@ -15,8 +15,8 @@ PASSES = ("forward", "forward + backward")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def make_layer(options: argparse.Namespace, dispatcher: str, num_chunks: int | str) -> Any:
-    """A MoE layer. Its weights depend on the seed, and without --te on nothing else."""
+def make_layer(options: argparse.Namespace, variant: str) -> Any:
+    """A MoE layer of a variant. Without --te its weights depend on the seed and on nothing else."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.transformer.spec_utils import build_module
@@ -24,7 +24,8 @@ def make_layer(options: argparse.Namespace, dispatcher: str, num_chunks: int | s
 
     import megatron_ep
 
-    megatron_ep.configure(num_chunks=num_chunks)
+    dispatcher, of_layer = parse_variant(variant)
+    megatron_ep.configure(**of_layer)
     config = TransformerConfig(
         num_layers=1,
         hidden_size=options.hidden,
@@ -89,7 +90,7 @@ def make_variants(
         )
         for _ in range(2)
     )
-    layers = [make_layer(options, *parse_variant(name)) for name in names]
+    layers = [make_layer(options, name) for name in names]
     with torch.no_grad():  # a grouped GEMM of Transformer Engine draws its weights from elsewhere
         for layer in layers[1:]:
             for parameter, same in zip(layer.parameters(), layers[0].parameters(), strict=True):
@@ -99,7 +100,17 @@ def make_variants(
     }
 
 
-def parse_variant(text: str) -> tuple[str, int | str]:
-    """Example: "deepep/2" -> ("deepep", 2), "alltoall" -> ("alltoall", 1)."""
-    dispatcher, _, chunks = text.partition("/")
-    return dispatcher, int(chunks) if chunks.isdecimal() else chunks or 1
+def parse_variant(text: str) -> tuple[str, dict[str, Any]]:
+    """The dispatcher, and options of megatron_ep.configure().
+
+    Example: "deepep+fp8/2" -> ("deepep", {"num_chunks": 2, "fp8_dispatch": True}).
+
+    Raises:
+        ValueError: there is no such variant.
+    """
+    name, _, chunks = text.partition("/")
+    dispatcher, _, rows = name.partition("+")
+    if rows not in ("", "fp8"):
+        raise ValueError(f"{text!r}: after + there is fp8 or nothing, not {rows!r}")
+    num_chunks = int(chunks) if chunks.isdecimal() else chunks or 1
+    return dispatcher, {"num_chunks": num_chunks, "fp8_dispatch": rows == "fp8"}

@@ -18,8 +18,13 @@ Runs these steps, all of them even when one fails, and prints their numbers as t
   host    where the host's time goes in that layer with 4 ranks, what a chunk adds, how much is hidden;
           as it is, and with experts that take as long as the transfers
 
-Without a STEP: all. The status is 0 if every step was. Ranks that share a GPU get an MPS daemon of
-their own. Needs the packages of the extras megatron and dev, and the compiled core with its CUDA part.
+  spread  how far rounding alone moves the losses: in bf16 in 1 to 4 chunks, at the learning rate of the
+          other steps and at a tenth of it; and with gradients of chunks summed in fp32
+  padding in FP8, whether padding by routing is what sets alltoall and deepep apart
+
+Without a STEP: all but spread and padding, which compare losses without a bound. The status is 0 if
+every step was. Ranks that share a GPU get an MPS daemon of their own. Needs the packages of the extras
+megatron and dev, and the compiled core with its CUDA part.
 
   --output DIR   for metrics and timelines (default: runs/check_gpu_training)
   --data PREFIX  .bin/.idx files of bytes (default: made of sources of the standard library)
@@ -55,7 +60,7 @@ while [ $# -gt 0 ]; do
       usage
       exit 0
       ;;
-    layer | fp32 | bf16 | fp8 | bench2 | bench4 | host) steps+=("$1") ;;
+    layer | fp32 | bf16 | fp8 | bench2 | bench4 | host | spread | padding) steps+=("$1") ;;
     *) die "unknown step or option $1 (see --help)" ;;
   esac
   shift
@@ -133,6 +138,43 @@ train_all() {
     --within "$bound"
 }
 
+# Compares the losses of runs, without a bound; "$1" names the comparison.
+compare() {
+  local name=$1
+  shift
+  run "$name: losses" python -m megatron_ep.compare_losses "${@/#/$output/}"
+}
+
+# In one piece and in chunks; the first argument names the runs, the rest are flags of all of them.
+train_in_chunks() {
+  local name=$1 count names=()
+  shift
+  for count in 1 2 3 4; do
+    train "$name-$count" --precision bf16 "${te_flags[@]}" --ep-num-chunks "$count" "$@"
+    names+=("$name-$count")
+  done
+  compare "$name" "${names[@]}"
+}
+
+measure_spread() {
+  make_data || return
+  train_in_chunks spread
+  train_in_chunks spread-low --lr 3e-4 --min-lr 3e-5
+  [ "$has_te" = no ] || train_in_chunks spread-fused --gradient-accumulation-fusion
+}
+
+# With and without padding by Megatron's router or by dispatch; Transformer Engine pads the rest itself.
+compare_padding() {
+  local name fp8=(--precision bf16 "${te_flags[@]}" --fp8-format hybrid --fp8-recipe tensorwise)
+  make_data || return
+  for name in alltoall deepep; do
+    train "padding-$name" "${fp8[@]}" --moe-token-dispatcher-type "$name"
+    train "padding-$name-routed" "${fp8[@]}" --moe-token-dispatcher-type "$name" \
+      --moe-router-padding-for-quantization
+  done
+  compare padding padding-alltoall padding-deepep padding-deepep-routed padding-alltoall-routed
+}
+
 # Runs the benchmark of the layer with "$2" ranks; "$1" names the run, the rest are flags.
 bench() {
   local name=$1 count=$2 te=()
@@ -149,7 +191,7 @@ compare_dispatchers() {
 }
 
 look_at_host() {
-  local flags=(--profile --overlap --dispatchers deepep deepep/2 deepep/4 deepep/auto)
+  local flags=(--profile --overlap --dispatchers deepep deepep/2 deepep/4 deepep/auto deepep+fp8)
   bench host 4 --warmup 7 "${flags[@]}"
   bench host-balanced 4 --warmup 7 --balance --tokens 8192 "${flags[@]}"
 }
@@ -177,6 +219,14 @@ for step in "${steps[@]}"; do
     bench2) compare_dispatchers 2 ;;
     bench4) compare_dispatchers 4 ;;
     host) look_at_host ;;
+    spread) measure_spread ;;
+    padding)
+      if [ "$has_te" = yes ]; then
+        compare_padding
+      else
+        say "padding: left out, since Transformer Engine cannot be imported"
+      fi
+      ;;
   esac
 done
 

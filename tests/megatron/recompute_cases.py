@@ -187,14 +187,15 @@ def bytes_in_pool(rank, num_chunks, name, again):
 
 
 def counts_without_grad(rank):
-    """Calls of a forward without gradients; nothing stays in the pool."""
+    """Calls of a forward without gradients, and bytes in the pool before and after."""
     counts, case = Counter(), Case(options=MOE)
     with layers.megatron(GRID), torch.no_grad():
         layer = layers.make_layer(case, GRID, "deepep")
         buffer = layer.token_dispatcher.buffer(rank_device())
+        before = used_bytes(buffer)
         with counting(buffer, counts):
             layer(layers.make_input(rank, case)[0])
-        return counts, used_bytes(buffer)
+        return counts, before, used_bytes(buffer)
 
 
 def run_backward_twice(rank):

@@ -12,7 +12,7 @@ def run_bench(tmp_path, *flags):
     """The JSON lines that it prints."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", "megatron_ep.bench", "--tokens", "40"]
-    command += ["--hidden", "32", "--ffn-hidden", "16", "--experts", "8", "--topk", "2"]
+    command += ["--hidden", "128", "--ffn-hidden", "16", "--experts", "8", "--topk", "2"]
     command += ["--iterations", "1", "--warmup", "0", *flags]
     done = subprocess.run(
         command,
@@ -26,7 +26,7 @@ def run_bench(tmp_path, *flags):
 
 
 def test_all_dispatchers_are_compared(tmp_path):
-    dispatchers = ["alltoall", "deepep", "deepep/2", "deepep/auto"]
+    dispatchers = ["alltoall", "deepep", "deepep/2", "deepep/auto", "deepep+fp8/2"]
     lines = run_bench(tmp_path, "--dispatchers", *dispatchers)
     assert [line["dispatcher"] for line in lines] == dispatchers
     assert all(line["forward + backward"]["median"] > 0 for line in lines)

@@ -17,6 +17,7 @@ from recompute_cases import counting
 
 import megatron_ep
 from megatron_ep import choose_chunks
+from megatron_ep.chunk_run import GradientSums
 
 pytestmark = pytest.mark.over_devices
 
@@ -172,6 +173,21 @@ def test_several_micro_batches_may_be_in_flight(ranks):
     layers.assert_close(by_rank, [case] * len(orders), atol=1e-10)
 
 
+def test_gradients_are_summed_unless_a_gemm_has_done_so():
+    shapes = [(2,), (3, 2), (1,), (4,)]
+    parameters = [torch.zeros(shape) for shape in shapes]
+    parameters[3].grad_added_to_main_grad = True
+    sums = GradientSums(parameters)
+    chunks = [[torch.full(shape, 10.0**chunk) for shape in shapes] for chunk in range(3)]
+    chunks[0][1] = chunks[1][0] = None
+    for grads in chunks:
+        grads[2] = None
+        sums.add(grads)
+    assert sums.totals[2] is None
+    means = [total.mean().item() for total in sums.totals if total is not None]
+    assert means == [101.0, 110.0, 1.0]
+
+
 class Transposed(torch.nn.Module):
     """Experts whose output is not contiguous."""
 
@@ -221,6 +237,10 @@ def on_rank_errors(rank):
     with layers.megatron(Grid(ep=2), num_chunks=2):
         for late_options, problem in (
             ({"delay_wgrad_compute": True}, "delay_wgrad_compute=False"),
+            (
+                {"overlap_moe_expert_parallel_comm": True},
+                "overlap_moe_expert_parallel_comm=False, which takes the layer's steps apart",
+            ),
             (recomputed, "moe_act among recompute_modules"),
         ):
             with pytest.raises(ValueError, match=problem):

@@ -65,19 +65,19 @@ def test_memory_of_the_pool_comes_back(ranks, num_chunks, name):
     for before, forward, backward, dropped in ranks.run(
         cases.bytes_in_pool, num_chunks, name, False
     ):
-        assert before == backward == dropped == 0
-        assert forward > 0
+        assert before == backward == dropped
+        assert forward > before
 
 
 def test_without_keeping_the_pool_holds_nothing_between(ranks):
     for seen in ranks.run(cases.bytes_in_pool, 3, "moe", True):
-        assert seen == [0, 0, 0, 0]
+        assert len(set(seen)) == 1
 
 
 def test_nothing_is_kept_without_gradients(ranks):
-    for counts, num_bytes in ranks.run(cases.counts_without_grad):
+    for counts, before, after in ranks.run(cases.counts_without_grad):
         assert counts == {"dispatch": 1, "combine": 1}
-        assert num_bytes == 0
+        assert before == after
 
 
 def test_a_second_backward_communicates(ranks):
