@@ -27,16 +27,6 @@ class CallOptions:
     cumulative_recv_stats: torch.Tensor | None = None
     wait_recv_cost_stats: torch.Tensor | None = None
 
-    def add_tokens(self, counts: torch.Tensor) -> None:
-        """Counts those of a dispatch that is over: [L] int64, on the caller's device."""
-        if self.cumulative_recv_stats is not None:
-            self.cumulative_recv_stats.add_(counts)
-
-    def add_waits(self, waited_us: torch.Tensor) -> None:
-        """Counts those of a call, or of a part of it: [R] int64, on the CPU."""
-        if self.wait_recv_cost_stats is not None:
-            self.wait_recv_cost_stats.add_(waited_us.to(self.wait_recv_cost_stats.device))
-
 
 @dataclass(frozen=True, kw_only=True)
 class FreshDispatch:

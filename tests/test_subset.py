@@ -11,7 +11,7 @@ import time
 import cases
 import pytest
 import torch.distributed as dist
-from backends import backends
+from backends import OVER_NODES, backends
 from cases import Case, World
 from test_faults import LOSS, VICTIM, Group, error_of
 
@@ -71,7 +71,7 @@ def on_rank_lost(rank, backend, operation, how):
 
 
 def timeout_of(backend, how):
-    return 2.0 if how == "stopped" else 30.0 if backend == "nodes" else LOSS[backend][0]
+    return 2.0 if how == "stopped" else 30.0 if backend in OVER_NODES else LOSS[backend][0]
 
 
 @pytest.mark.without_mps
@@ -105,7 +105,7 @@ class Training:
         """Until a rank is lost, or for some steps. `how`: this rank is, soon."""
         case = Case(num_ranks=len(self.remaining), num_experts=12)
         options = dict(ranks=self.remaining, timeout_s=timeout_s)
-        if self.backend == "nodes":  # of the same size; one of two ranks has lost one
+        if self.backend in OVER_NODES:  # of the same size; one of two ranks has lost one
             options["num_local_ranks"] = 2 if len(self.remaining) == 4 else 1
         world = World(case, self.remaining.index(self.rank))
         with cases.make_buffer(self.backend, case=case, **options) as buffer:
