@@ -1,5 +1,6 @@
 """The steps of a call over several nodes, seen through their C interface
-(`csrc/bindings/lane_api.h`, structures in `csrc/cpu/lane.h`)."""
+(`csrc/bindings/lane_api.h`, structures in `csrc/core/lane_args.h` and
+`csrc/cpu/lane.h`)."""
 
 from __future__ import annotations
 
@@ -42,6 +43,7 @@ class LaneTokensArgs(Structure):
     _fields_ = [
         ("topk_idx", c_void_p),
         ("tokens", c_void_p),
+        ("choices", c_void_p),
         ("bounds", c_void_p),
         ("num_tokens", c_int64),
         ("chunk_tokens", c_int64),
@@ -55,7 +57,6 @@ class LanePackArgs(Structure):
         ("x", c_void_p),
         ("scales", c_void_p),
         ("topk_weights", c_void_p),
-        ("topk_idx", c_void_p),
         ("tokens", c_void_p),
         ("message", c_void_p),
         ("num_tokens", c_int64),
@@ -63,7 +64,6 @@ class LanePackArgs(Structure):
         ("scale_bytes", c_int64),
         ("weight_bytes", c_int64),
         ("num_topk", c_int64),
-        ("node", c_int32),
         ("num_threads", c_int32),
     ]
 

@@ -337,27 +337,32 @@ class Buffer(LowLatencyCalls):
 
 
 def _make_backend(bootstrap: Bootstrap, settings: Settings, topology: Topology) -> Backend:
+    if topology.num_nodes > 1:
+        return _make_backend_over_nodes(bootstrap, settings, topology)
     if settings.device == "cpu":
-        if topology.num_nodes > 1:
-            if settings.low_latency_bytes:
-                raise EPConfigError(
-                    f"low_latency_bytes={settings.low_latency_bytes}: the group spans "
-                    f"{topology.num_nodes} nodes; low-latency mode works within one"
-                )
-            from ep_kernels.hierarchical import HierarchicalBackend
-
-            return HierarchicalBackend(bootstrap, settings, topology)
         from ep_kernels.cpu_backend import CpuBackend
 
         return CpuBackend(bootstrap, settings, topology)
-    if topology.num_nodes > 1:
-        raise EPConfigError(
-            f"device={settings.device!r}: the group spans {topology.num_nodes} nodes of "
-            f"{topology.num_local_ranks} ranks; GPUs of one node only are supported"
-        )
     from ep_kernels.cuda_backend import CudaBackend
 
     return CudaBackend(bootstrap, settings)
+
+
+def _make_backend_over_nodes(
+    bootstrap: Bootstrap, settings: Settings, topology: Topology
+) -> Backend:
+    if settings.low_latency_bytes:
+        raise EPConfigError(
+            f"low_latency_bytes={settings.low_latency_bytes}: the group spans "
+            f"{topology.num_nodes} nodes; low-latency mode works within one"
+        )
+    if settings.device == "cpu":
+        from ep_kernels.hierarchical import make_cpu_backend
+
+        return make_cpu_backend(bootstrap, settings, topology)
+    from ep_kernels.cuda_nodes import CudaNodesBackend
+
+    return CudaNodesBackend(bootstrap, settings, topology)
 
 
 def _make_region(backend: Backend, settings: Settings) -> Region:

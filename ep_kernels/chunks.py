@@ -12,16 +12,15 @@ from typing import Protocol
 import torch
 
 from ep_kernels._native import CombineArgs, DispatchArgs
-from ep_kernels._native_lane import LaneMergeArgs, LanePackArgs, LanePlanArgs, LaneSums
-from ep_kernels.lanes import Lane, Message, Transfer
-from ep_kernels.routes import WINDOW, Routes, Source, num_in_chunk
+from ep_kernels._native_lane import LaneMergeArgs, LanePackArgs, LaneSums
+from ep_kernels.node_rows import NodeRows
+from ep_kernels.routes import WINDOW, RouteEntry, Routes, num_in_chunk
 from ep_kernels.topology import Topology
-
-CHUNK = 3  # a kind of messages; hierarchical.py and routes.py have the others
-CHUNK_PHASE = 4
+from ep_kernels.transport import Transport
 
 Step = Callable[..., None]
-"""Calls a function of the C interface by its name, without ep_lane_."""
+"""Works on rows where they are: calls a function of the C interface by its name, without its
+prefix."""
 
 
 class Leg(Protocol):
@@ -45,84 +44,62 @@ class Leg(Protocol):
         """Takes what came from each node."""
 
 
-class Window:
-    """Memory for WINDOW chunks per peer and direction, and the order in which chunks move."""
+def move_chunks(transport: Transport, nodes: list[int], seq: int, leg: Leg) -> None:
+    """Sends and receives all chunks of call `seq`."""
 
-    def __init__(self, lane: Lane, topology: Topology) -> None:
-        self._lane, self._nodes = lane, topology.other_nodes
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        self._slot_bytes = 0
+    def sizes(num_bytes: Callable[[int, int], int], step: int) -> dict[int, int]:
+        return {node: size for node in nodes if (size := num_bytes(node, step))}
 
-    def run(self, seq: int, leg: Leg) -> None:
-        """Sends and receives all chunks of call `seq`."""
-        message = Message(seq=seq, kind=CHUNK, phase=CHUNK_PHASE, is_chunk=True)
-        self._reserve(leg)
-        sends: dict[int, list[Transfer]] = {}
-        recvs: dict[int, list[Transfer]] = {}
+    def send(step: int) -> None:
+        chunks = sizes(leg.send_bytes, step)
+        for node, num_bytes in chunks.items():
+            leg.prepare(node, step, transport.memory(node, step, num_bytes))
+        transport.send(step, chunks)
 
-        def start_recvs(chunk: int) -> None:
-            recvs[chunk] = [
-                self._lane.irecv(node, self._slot(0, node, chunk, num_bytes), message)
-                for node in self._nodes
-                if (num_bytes := leg.recv_bytes(node, chunk))
-            ]
+    transport.begin(seq, _largest_chunk(nodes, leg))
+    first = range(min(WINDOW, leg.num_steps))
+    for step in first:
+        transport.expect(step, sizes(leg.recv_bytes, step))
+    for step in first:
+        send(step)
+    leg.work_meanwhile()
+    for step in range(leg.num_steps):
+        leg.finish(step, transport.receive(step))
+        transport.release(step)
+        transport.wait_sent(step)
+        if step + WINDOW < leg.num_steps:
+            transport.expect(step + WINDOW, sizes(leg.recv_bytes, step + WINDOW))
+            send(step + WINDOW)
 
-        def start_sends(chunk: int) -> None:
-            sends[chunk] = []
-            for node in self._nodes:
-                if num_bytes := leg.send_bytes(node, chunk):
-                    memory = self._slot(1, node, chunk, num_bytes)
-                    leg.prepare(node, chunk, memory)
-                    sends[chunk].append(self._lane.isend(node, memory, message))
 
-        first = range(min(WINDOW, leg.num_steps))
-        for chunk in first:
-            start_recvs(chunk)
-        for chunk in first:
-            start_sends(chunk)
-        leg.work_meanwhile()
-        for chunk in range(leg.num_steps):
-            arrived = recvs.pop(chunk)
-            for transfer in arrived:
-                self._lane.wait(transfer)
-            leg.finish(chunk, {transfer.node: transfer.tensor for transfer in arrived})
-            for transfer in sends.pop(chunk):
-                self._lane.wait(transfer)
-            if chunk + WINDOW < leg.num_steps:
-                start_recvs(chunk + WINDOW)
-                start_sends(chunk + WINDOW)
-
-    def _reserve(self, leg: Leg) -> None:
-        largest = max(
-            (
-                num_bytes(node, chunk)
-                for num_bytes in (leg.send_bytes, leg.recv_bytes)
-                for node in self._nodes
-                for chunk in range(leg.num_steps)
-            ),
-            default=0,
-        )
-        self._slot_bytes = -(-largest // 64) * 64
-        needed = 2 * len(self._nodes) * WINDOW * self._slot_bytes
-        if len(self._memory) < needed:
-            self._memory = torch.empty(needed, dtype=torch.uint8)
-
-    def _slot(self, direction: int, node: int, chunk: int, num_bytes: int) -> torch.Tensor:
-        peer = direction * len(self._nodes) + self._nodes.index(node)
-        begin = (peer * WINDOW + chunk % WINDOW) * self._slot_bytes
-        return self._memory[begin : begin + num_bytes]
+def _largest_chunk(nodes: list[int], leg: Leg) -> int:
+    return max(
+        (
+            num_bytes(node, step)
+            for num_bytes in (leg.send_bytes, leg.recv_bytes)
+            for node in nodes
+            for step in range(leg.num_steps)
+        ),
+        default=0,
+    )
 
 
 class DispatchLeg:
-    """Rows to the forwarders of their nodes, which write them to their ranks."""
+    """Rows to the forwarders of their nodes, which write them to their ranks.
+
+    Args:
+        step: see Step.
+        args: of the dispatch.
+        entry: its routes; with the choices of each source if it is fresh.
+        offers: [R, OFFER_WORDS], those of the own node.
+    """
 
     def __init__(
-        self, step: Step, seq: int, args: DispatchArgs, routes: Routes, offers: torch.Tensor
+        self, step: Step, args: DispatchArgs, entry: RouteEntry, offers: torch.Tensor
     ) -> None:
-        self._step, self._seq, self._args, self._routes = step, seq, args, routes
-        self._offers = offers.data_ptr()
-        self._is_fresh = args.sizes.handle_seq < 0
-        self.num_steps = routes.num_steps(args.sizes.num_tokens)
+        self._step, self._args, self._routes = step, args, entry.routes
+        self._choices, self._offers = entry.choices, offers.data_ptr()
+        self.num_steps = self._routes.num_steps(args.sizes.num_tokens)
 
     def send_bytes(self, node: int, chunk: int) -> int:
         if node not in self._routes.outgoing:
@@ -138,8 +115,7 @@ class DispatchLeg:
 
     def _token_bytes(self, num_topk: int) -> int:
         sizes = self._args.sizes
-        choice_bytes = (4 if self._is_fresh else 0) + sizes.weight_bytes
-        return int(sizes.row_bytes + sizes.scale_bytes + num_topk * choice_bytes)
+        return int(sizes.row_bytes + sizes.scale_bytes + num_topk * sizes.weight_bytes)
 
     def prepare(self, node: int, chunk: int, memory: torch.Tensor) -> None:
         args, sizes = self._args, self._args.sizes
@@ -148,7 +124,6 @@ class DispatchLeg:
             x=args.x,
             scales=args.scales,
             topk_weights=args.topk_weights,
-            topk_idx=args.routing.topk_idx if self._is_fresh else None,
             tokens=outgoing.tokens.data_ptr() + 4 * outgoing.bounds[chunk],
             message=memory.data_ptr(),
             num_tokens=num_in_chunk(outgoing.bounds, chunk),
@@ -156,7 +131,6 @@ class DispatchLeg:
             scale_bytes=sizes.scale_bytes,
             weight_bytes=sizes.weight_bytes,
             num_topk=sizes.num_topk,
-            node=node,
             num_threads=sizes.num_threads,
         )
         self._step("pack", ctypes.byref(pack))
@@ -167,35 +141,22 @@ class DispatchLeg:
 
     def finish(self, chunk: int, arrived: dict[int, torch.Tensor]) -> None:
         for node, memory in arrived.items():
-            self._forward(self._routes.sources[node], chunk, memory.data_ptr())
+            self._forward(node, chunk, memory.data_ptr())
 
-    def _forward(self, source: Source, chunk: int, message: int) -> None:
-        """Plans a chunk that arrived, and writes it to the ranks of this node."""
-        sizes = self._args.sizes
+    def _forward(self, node: int, chunk: int, message: int) -> None:
+        """Writes a chunk that arrived to the ranks of this node."""
+        source, sizes = self._routes.sources[node], self._args.sizes
         count, num_topk = num_in_chunk(source.bounds, chunk), source.num_topk
-        scales = message + count * sizes.row_bytes
-        choices = scales + count * sizes.scale_bytes
-        weights = choices + (4 * count * num_topk if self._is_fresh else 0)
+        first_choice = num_topk * source.bounds[chunk]
         args = DispatchArgs.from_buffer_copy(self._args)
-        args.x, args.scales, args.topk_weights = message, scales, weights
+        args.x = message
+        args.scales = message + count * sizes.row_bytes
+        args.topk_weights = args.scales + count * sizes.scale_bytes
         args.sizes.num_tokens, args.sizes.num_topk = count, num_topk
-        offset = 4 * num_topk * source.bounds[chunk]
-        args.routing.rows = source.rows.data_ptr() + offset
-        args.routing.routes = source.routes.data_ptr() + offset
-        if self._is_fresh:
-            topk_idx = torch.empty((count, num_topk), dtype=torch.int64)
-            args.routing.topk_idx = topk_idx.data_ptr()
-            plan = LanePlanArgs(
-                choices=choices,
-                topk_idx=topk_idx.data_ptr(),
-                rows=args.routing.rows,
-                routes=args.routing.routes,
-                next=source.next.data_ptr(),
-                num_tokens=count,
-                num_topk=num_topk,
-                layout=sizes.layout,
-            )
-            self._step("plan_tokens", self._seq, ctypes.byref(plan))
+        args.routing.rows = source.rows.data_ptr() + 4 * first_choice
+        args.routing.routes = source.routes.data_ptr() + 4 * first_choice
+        if node in self._choices:
+            args.routing.topk_idx = self._choices[node].data_ptr() + 8 * first_choice
         self._step("send_rows", ctypes.byref(args), self._offers)
 
 
@@ -204,18 +165,18 @@ class CombineLeg:
 
     def __init__(
         self,
-        step: Step,
+        rows: NodeRows,
         topology: Topology,
         args: CombineArgs,
         routes: Routes,
         offers: torch.Tensor,
     ) -> None:
-        self._step, self._topology, self._args, self._routes = step, topology, args, routes
+        self._step, self._topology, self._args, self._routes = rows.step, topology, args, routes
         self._offers = offers.data_ptr()
         sizes = args.sizes
         self.num_steps = routes.num_steps(sizes.num_tokens)
         own_tokens = min(routes.chunk_tokens, sizes.num_tokens)
-        self._own_sums = torch.empty(own_tokens * sizes.row_bytes, dtype=torch.uint8)
+        self._own_sums = rows.new_memory(own_tokens * sizes.row_bytes)
 
     def send_bytes(self, node: int, chunk: int) -> int:
         if node not in self._routes.sources:

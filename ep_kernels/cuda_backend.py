@@ -180,8 +180,12 @@ class CudaBackend:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor in this rank's pool, for the current stream to write to."""
-        _native.call(self._library.ep_cuda_wait_for_freed, self._buffer, self._current_stream())
+        self.wait_for_freed(self._current_stream())
         return self.reserve(shape, dtype).tensor()
+
+    def wait_for_freed(self, stream: int) -> None:
+        """Work that the stream is given from now on may write to memory that is free."""
+        _native.call(self._library.ep_cuda_wait_for_freed, self._buffer, stream)
 
     def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> Reservation:
         """Memory of this rank's pool for a tensor. Raises EPDeviceError if the pool is full."""

@@ -5,6 +5,8 @@ EP_KERNELS_TIMEOUT_S    default of `Buffer(timeout_s=)`, seconds
 EP_KERNELS_NUM_THREADS  default of `Buffer(num_sms=)` on the CPU backend
 EP_KERNELS_NUM_SMS      the same on a GPU
 EP_KERNELS_POOL_BYTES   default of `Buffer(pool_bytes=)`
+EP_KERNELS_SCALEOUT     how rows of GPUs reach other nodes: "host" (through host memory), "nccl",
+                        "nvshmem" or "auto", the default, which is host
 EP_KERNELS_SIMD         scalar, avx2 or avx512: a slower path of the CPU core (read by the core)
 NVSHMEM_HOME            folder of NVSHMEM, if not that of its package in this Python
 NVSHMEM_...             read by NVSHMEM itself; set_nvshmem_defaults() fills in what is not set
@@ -65,6 +67,16 @@ def default_pool_bytes(device: str) -> int:
         return int(_number("EP_KERNELS_POOL_BYTES", torch.cuda.mem_get_info(device)[1] // 8))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(_number("EP_KERNELS_POOL_BYTES", memory))
+
+
+def scaleout_transport() -> str:
+    """ "host", "nccl" or "nvshmem"."""
+    name = os.environ.get("EP_KERNELS_SCALEOUT") or "auto"
+    if name not in ("auto", "host", "nccl", "nvshmem"):
+        raise EPConfigError(
+            f"environment variable EP_KERNELS_SCALEOUT={name!r} is not host, nccl, nvshmem or auto"
+        )
+    return "host" if name == "auto" else name
 
 
 def launched_local_ranks(num_ranks: int) -> tuple[str, int] | None:

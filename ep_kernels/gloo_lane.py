@@ -61,9 +61,9 @@ class GlooLane(Lane):
     def _wait(self, transfer: Transfer) -> Lost | None:
         begin = time.monotonic()
         try:
-            transfer.work.wait(timedelta(seconds=self._deadline_s))
+            transfer.work.wait(timedelta(seconds=self.deadline_s))
         except RuntimeError as error:
-            if time.monotonic() - begin >= self._deadline_s:
+            if time.monotonic() - begin >= self.deadline_s:
                 return self._follow(self._expired(transfer.node))
             return self._why(transfer.node, str(error))
         return None

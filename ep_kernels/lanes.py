@@ -96,13 +96,14 @@ class Lane(abc.ABC):
 
     Attributes:
         on_wait: is told the rank that a wait is for, and -1 after it.
+        deadline_s: of each wait.
     """
 
     def __init__(self, topology: Topology, timeout_s: float) -> None:
         self.topology = topology
         self.on_wait: Callable[[int], None] = lambda rank: None
         # Local waits for the same culprit end first, and know more.
-        self._deadline_s = 1.1 * timeout_s
+        self.deadline_s = 1.1 * timeout_s
         self._is_closed = self._has_said = False
         self._counts = dict.fromkeys(vars(ScaleoutStats()), 0)
 
@@ -130,6 +131,12 @@ class Lane(abc.ABC):
         self.on_wait(-1)
         if lost is not None:
             raise self._error(transfer.node, transfer.message, lost)
+
+    def silence(self, transfer: Transfer) -> EPTimeoutError:
+        """The error for a peer from which something did not come by other means in time, though the
+        transfer has ended."""
+        lost = self._follow(self._expired(transfer.node))
+        return self._error(transfer.node, transfer.message, lost)
 
     def close(self, culprit: int = DEPARTED) -> None:
         """Says goodbye to the peers, naming whom this rank gave up on (itself, if it failed), and
@@ -162,7 +169,7 @@ class Lane(abc.ABC):
 
     def _expired(self, node: int) -> Lost:
         peer = self.topology.lane_rank(node)
-        text = f"nothing came from rank {peer} of node {node} within {self._deadline_s:g} s"
+        text = f"nothing came from rank {peer} of node {node} within {self.deadline_s:g} s"
         return Lost(peer, text)
 
     def _said_farewell(self, node: int, culprit: int) -> Lost:

@@ -42,7 +42,7 @@ class MpiLane(Lane):
         return request
 
     def _wait(self, transfer: Transfer) -> Lost | None:
-        deadline = time.monotonic() + self._deadline_s
+        deadline = time.monotonic() + self.deadline_s
         for attempt in itertools.count():
             if transfer.work.Test():
                 del self._under_way[id(transfer.work)]

@@ -14,7 +14,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ep_kernels._native import DispatchArgs, Sizes
-from ep_kernels._native_lane import LanePost, LaneTokensArgs
+from ep_kernels._native_lane import LanePlanArgs, LanePost, LaneTokensArgs
 from ep_kernels.errors import EPConfigError
 from ep_kernels.handle import RoutingMemory
 from ep_kernels.lanes import Lane, Message, Transfer
@@ -25,7 +25,7 @@ WINDOW = 4
 
 MIN_CHUNK_BYTES = 256 << 10
 NUM_CHUNKS = 8  # as many, if they are not smaller than that
-SIZES = 1  # a kind of messages; hierarchical.py and chunks.py have the others
+SIZES, CHOICES = 1, 4  # kinds of messages; node_control.py and transport.py have the others
 SIZES_PHASE = 3
 
 
@@ -34,7 +34,7 @@ class Outgoing:
     """This rank's tokens for one node.
 
     Attributes:
-        tokens: int32, ascending.
+        tokens: int32, ascending; where rows are.
         bounds: of each chunk among them, one more than chunks.
     """
 
@@ -50,14 +50,13 @@ class Source:
         num_topk: its K.
         bounds: of each chunk among its F tokens.
         rows, routes: [F, K] int32 as in RoutingMemory, on the ranks of this node; -1 elsewhere.
-        next: rows that its next tokens get, while the routing is fresh.
+            Where rows are.
     """
 
     num_topk: int
     bounds: list[int]
     rows: torch.Tensor
     routes: torch.Tensor
-    next: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +76,16 @@ class Routes:
 @dataclass
 class RouteEntry:
     """Where a dispatch that may still be queued leaves its routes: nothing travels before, or if
-    it fails."""
+    it fails.
+
+    Attributes:
+        routes: see there.
+        choices: by node, [F, K] int64 experts that the source chose on this node, -1 elsewhere;
+            where rows are. Only while the rows of the dispatch itself travel.
+    """
 
     routes: Routes = field(default_factory=Routes)
+    choices: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class RouteBook:
@@ -122,61 +128,83 @@ def choose_chunk_tokens(sizes: Sizes, staging_bytes: int, topology: Topology) ->
 
 
 class RouteExchange:
-    """Makes the routes of fresh dispatches.
+    """Makes the routes of fresh dispatches, in host memory.
 
     Args:
-        step: calls a function of the C interface by its name.
+        step: calls a function of the C interface of the host by its name.
+        put: gives a tensor to where rows are.
         lane: to the other nodes.
         topology: of the group.
         num_experts: E.
     """
 
     def __init__(
-        self, step: Callable[..., None], lane: Lane, topology: Topology, num_experts: int
+        self,
+        step: Callable[..., None],
+        put: Callable[[torch.Tensor], torch.Tensor],
+        lane: Lane,
+        topology: Topology,
+        num_experts: int,
     ) -> None:
-        self._step, self._lane, self._topology = step, lane, topology
+        self._step, self._put, self._lane, self._topology = step, put, lane, topology
         self._num_columns = max(num_experts, topology.num_ranks)
 
     def make_routes(
         self, seq: int, args: DispatchArgs, own: LanePost, posts: dict[int, LanePost]
-    ) -> Routes:
-        """Lists what goes to each node, and learns what comes from each. Rows come later."""
-        message = Message(seq=seq, kind=SIZES, phase=SIZES_PHASE)
+    ) -> RouteEntry:
+        """Lists what goes to each node, and learns from each what comes, and on which rows."""
+        sizes = Message(seq=seq, kind=SIZES, phase=SIZES_PHASE)
+        # Counted with the rows: once per token.
+        choices = Message(seq=seq, kind=CHOICES, phase=SIZES_PHASE, is_chunk=True)
         chunk_tokens = max(1, own.chunk_tokens)
-        outgoing, received, transfers = {}, {}, []
+        entry = RouteEntry(Routes(chunk_tokens=chunk_tokens))
+        bounds, recvs, sends = {}, {}, []
         for node, post in posts.items():
             num_chunks = -(-post.num_tokens // max(1, post.chunk_tokens))
-            received[node] = torch.zeros(num_chunks + 1, dtype=torch.int64)
-            transfers += self._exchange(node, received[node][1:], message, is_sent=False)
+            bounds[node] = torch.zeros(num_chunks + 1, dtype=torch.int64)
+            recvs[node] = self._receive(node, bounds[node][1:], sizes)
         for node in posts:
-            tokens, bounds = self._list_tokens(args, node, chunk_tokens)
-            outgoing[node] = Outgoing(tokens=tokens, bounds=bounds.tolist())
-            transfers += self._exchange(node, bounds[1:], message, is_sent=True)
+            outgoing, its_choices, its_bounds = self._list_tokens(args, node, chunk_tokens)
+            entry.routes.outgoing[node] = outgoing
+            sends += self._send(node, its_bounds[1:], sizes)
+            sends += self._send(node, its_choices, choices)
+        chosen = {}
+        for node, post in posts.items():
+            self._wait(recvs[node])
+            chosen[node] = torch.empty((int(bounds[node][-1]), post.num_topk), dtype=torch.int32)
+            recvs[node] = self._receive(node, chosen[node], choices)
+        for node in posts:
+            self._wait(recvs[node])
+            self._add_source(entry, seq, node, args, bounds[node].tolist(), chosen[node])
+        self._wait(sends)
+        return entry
+
+    def _receive(self, node: int, words: torch.Tensor, message: Message) -> list[Transfer]:
+        if words.numel() == 0:
+            return []
+        return [self._lane.irecv(node, words.view(torch.uint8).flatten(), message)]
+
+    def _send(self, node: int, words: torch.Tensor, message: Message) -> list[Transfer]:
+        if words.numel() == 0:
+            return []
+        return [self._lane.isend(node, words.view(torch.uint8).flatten(), message)]
+
+    def _wait(self, transfers: list[Transfer]) -> None:
         for transfer in transfers:
             self._lane.wait(transfer)
-        sources = {
-            node: self._new_source(seq, node, args, post, received[node].tolist())
-            for node, post in posts.items()
-        }
-        return Routes(chunk_tokens=chunk_tokens, outgoing=outgoing, sources=sources)
-
-    def _exchange(
-        self, node: int, words: torch.Tensor, message: Message, *, is_sent: bool
-    ) -> list[Transfer]:
-        if len(words) == 0:
-            return []
-        start = self._lane.isend if is_sent else self._lane.irecv
-        return [start(node, words.view(torch.uint8), message)]
 
     def _list_tokens(
         self, args: DispatchArgs, node: int, chunk_tokens: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Outgoing, torch.Tensor, torch.Tensor]:
+        """This rank's tokens for a node, their choices there, the bounds of chunks."""
         sizes = args.sizes
         tokens = torch.empty(sizes.num_tokens, dtype=torch.int32)
+        choices = torch.empty((sizes.num_tokens, sizes.num_topk), dtype=torch.int32)
         bounds = torch.empty(-(-sizes.num_tokens // chunk_tokens) + 1, dtype=torch.int64)
         tokens_args = LaneTokensArgs(
             topk_idx=args.routing.topk_idx,
             tokens=tokens.data_ptr(),
+            choices=choices.data_ptr(),
             bounds=bounds.data_ptr(),
             num_tokens=sizes.num_tokens,
             chunk_tokens=chunk_tokens,
@@ -184,19 +212,40 @@ class RouteExchange:
             node=node,
         )
         self._step("tokens", ctypes.byref(tokens_args))
-        return tokens[: int(bounds[-1])].clone(), bounds
+        count = int(bounds[-1])
+        outgoing = Outgoing(tokens=self._put(tokens[:count].clone()), bounds=bounds.tolist())
+        return outgoing, choices[:count], bounds
 
-    def _new_source(
-        self, seq: int, node: int, args: DispatchArgs, post: LanePost, bounds: list[int]
-    ) -> Source:
-        shape = bounds[-1], post.num_topk
+    def _add_source(
+        self,
+        entry: RouteEntry,
+        seq: int,
+        node: int,
+        args: DispatchArgs,
+        bounds: list[int],
+        choices: torch.Tensor,
+    ) -> None:
+        """Finds the rows of a source's tokens on this node."""
         next_rows = torch.empty(self._num_columns, dtype=torch.int64)
         src = self._topology.lane_rank(node)
         self._step("first_rows", seq, src, ctypes.byref(args.sizes), next_rows.data_ptr())
-        return Source(
-            num_topk=post.num_topk,
+        topk_idx = torch.empty(choices.shape, dtype=torch.int64)
+        rows, routes = torch.empty_like(choices), torch.empty_like(choices)
+        plan = LanePlanArgs(
+            choices=choices.data_ptr(),
+            topk_idx=topk_idx.data_ptr(),
+            rows=rows.data_ptr(),
+            routes=routes.data_ptr(),
+            next=next_rows.data_ptr(),
+            num_tokens=choices.shape[0],
+            num_topk=choices.shape[1],
+            layout=args.sizes.layout,
+        )
+        self._step("plan_tokens", seq, ctypes.byref(plan))
+        entry.choices[node] = self._put(topk_idx)
+        entry.routes.sources[node] = Source(
+            num_topk=choices.shape[1],
             bounds=bounds,
-            rows=torch.empty(shape, dtype=torch.int32),
-            routes=torch.empty(shape, dtype=torch.int32),
-            next=next_rows,
+            rows=self._put(rows),
+            routes=self._put(routes),
         )

@@ -227,7 +227,8 @@ def spread_values(num_rows, hidden, *, dtype, seed):
 def make_buffer(backend, *, group=None, case=None, **options):
     """A Buffer of the backend called so, for the experts of a case.
 
-    "nodes" is the CPU backend over logical nodes, of 2 ranks if that makes several, else of 1.
+    "nodes" is the CPU backend over logical nodes, of 2 ranks if that makes several, else of 1;
+    "cuda_nodes" that of GPUs; "twin" the same without a GPU, see twin.py.
     """
     if case is not None:
         options.setdefault("num_experts", case.num_experts)
@@ -238,17 +239,20 @@ def make_buffer(backend, *, group=None, case=None, **options):
     import ep_kernels
 
     options.setdefault("pool_bytes", 256 << 20)
-    if backend == "cuda":
+    if backend in ("nodes", "twin", "cuda_nodes"):
+        size = make_bootstrap(group).num_ranks
+        options.setdefault("num_local_ranks", 2 if size in (4, 6, 8) else 1)
+        options.setdefault("staging_bytes", SMALL_STAGING_BYTES)
+    if backend in ("cuda", "cuda_nodes"):
         options.setdefault("num_sms", 8)  # not measured for each of many buffers
         options.setdefault("device", f"cuda:{dist.get_rank() % torch.cuda.device_count()}")
         buffer = ep_kernels.Buffer(group, **options)
         dirty(buffer, options["pool_bytes"] // 2)
         return HostView(buffer)
-    if backend == "nodes":
-        size = make_bootstrap(group).num_ranks
-        options.setdefault("num_local_ranks", 2 if size in (4, 6, 8) else 1)
-        options.setdefault("staging_bytes", SMALL_STAGING_BYTES)
-    buffer = ep_kernels.Buffer(group, device="cpu", **options)
+    make = ep_kernels.Buffer
+    if backend == "twin":
+        from twin import make_buffer as make
+    buffer = make(group, device="cpu", **options)
     dirty(buffer, 2 << 20)
     return buffer
 

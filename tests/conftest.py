@@ -4,6 +4,7 @@ ranks      R ranks kept for the whole session; `ranks.run(function, ...)`. R is 
            parameter `num_ranks`, 2 if it has none
 launch     fresh ranks for tests that kill or stop some of them
 backend    the name of a Buffer implementation, see `cases.make_buffer`
+over_nodes the name of one over several nodes: "nodes", or those that --backend names
 ll_backend of low-latency tests: "cpu" or "cuda", known to the ranks as `ll_cases.backend()`
 """
 
@@ -13,7 +14,7 @@ import os
 import ll_cases
 import pytest
 import torch
-from backends import BACKENDS
+from backends import BACKENDS, BY_NAME, OVER_NODES, param
 
 from ep_kernels.testing import RankPool, RankServer, launch
 
@@ -30,7 +31,10 @@ def pytest_addoption(parser):
         help="run tests marked exhaustive and multiply the random ones by 10 (half an hour)",
     )
     parser.addoption(
-        "--backend", choices=BACKENDS, action="append", help="only this backend; may be repeated"
+        "--backend",
+        choices=(*BACKENDS, *BY_NAME),
+        action="append",
+        help="only this backend; may be repeated",
     )
 
 
@@ -64,7 +68,7 @@ def pytest_collection_modifyitems(config, items):
 
 def deselect_backends(config, items):
     """Also of tests that name their own: those that --backend leaves out."""
-    others = set(BACKENDS) - set(config.getoption("--backend") or BACKENDS)
+    others = {*BACKENDS, *BY_NAME} - set(config.getoption("--backend") or BACKENDS)
 
     def is_left_out(item):
         return hasattr(item, "callspec") and item.callspec.params.get("backend") in others
@@ -77,7 +81,11 @@ def pytest_generate_tests(metafunc):
     """`backend` runs over all backends, unless the test names its own with parametrize."""
     marks = metafunc.definition.iter_markers("parametrize")
     if "backend" in metafunc.fixturenames and not any("backend" in mark.args[0] for mark in marks):
-        metafunc.parametrize("backend", metafunc.config.getoption("--backend") or BACKENDS)
+        names = metafunc.config.getoption("--backend") or BACKENDS
+        metafunc.parametrize("backend", [param(name) for name in names])
+    if "over_nodes" in metafunc.fixturenames:
+        names = metafunc.config.getoption("--backend") or ["nodes"]
+        metafunc.parametrize("over_nodes", [param(name) for name in names if name in OVER_NODES])
     if "ll_backend" in metafunc.fixturenames:
         metafunc.parametrize("ll_backend", list(ll_backends(metafunc)))
 
@@ -145,7 +153,8 @@ def is_exhaustive(request):
 
 def _is_on_gpu_through_mps(item):
     """scripts/with_mps.sh sets the variable."""
-    is_on_gpu = hasattr(item, "callspec") and item.callspec.params.get("backend") == "cuda"
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    is_on_gpu = params.get("backend") == "cuda" or params.get("over_nodes") == "cuda_nodes"
     return is_on_gpu and "CUDA_MPS_PIPE_DIRECTORY" in os.environ
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import cases
 import pytest
 import torch
-from backends import backends
+from backends import OVER_NODES, backends
 from cases import Case
 
 from ep_kernels.config import Layout
@@ -196,7 +196,7 @@ def test_many_ranks(ranks, backend, num_ranks, layout, routing):
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6], ids="R{}".format)
 @backends("cpu", "nodes", "cuda")
 def test_random_cases(ranks, backend, num_ranks, is_exhaustive):
-    num_cases = (40 if backend == "nodes" else 100) * (10 if is_exhaustive else 1)
+    num_cases = (40 if backend in OVER_NODES else 100) * (10 if is_exhaustive else 1)
     seed = 99 + num_ranks
     batch = [random_case(random.Random(f"{seed} {i}"), num_ranks) for i in range(num_cases)]
     ranks.run(cases.run_cases, backend, batch, deadline_s=60.0 + 2.0 * num_cases)

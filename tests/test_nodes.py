@@ -14,6 +14,7 @@ import cases
 import pytest
 import torch
 import torch.distributed as dist
+from backends import backends
 from cases import Case, World
 
 import ep_kernels
@@ -22,8 +23,8 @@ from ep_kernels._native import PHASES
 from ep_kernels.bootstrap import make_bootstrap
 from ep_kernels.config import Layout, make_expert_to_rank
 from ep_kernels.errors import EPConfigError, EPTimeoutError
-from ep_kernels.hierarchical import HierarchicalBackend
 from ep_kernels.lanes import Lane, Message, make_lane
+from ep_kernels.node_control import NodeControl
 from ep_kernels.testing import assert_bitwise_equal
 from ep_kernels.testing.leaks import shm_mappings
 from ep_kernels.topology import Topology, _Home, find_topology
@@ -140,13 +141,13 @@ def expected_bytes(world, rank, num_local_ranks, token_bytes):
     return int(is_sent.sum()) * token_bytes
 
 
-def on_rank_bytes(rank, case, num_local_ranks):
+def on_rank_bytes(rank, backend, case, num_local_ranks):
     world = World(case, rank)
     peers = [
         peer for peer in range(case.num_ranks) if peer % num_local_ranks == rank % num_local_ranks
     ]
     row = case.hidden * 2
-    with cases.make_buffer("nodes", case=case, num_local_ranks=num_local_ranks) as buffer:
+    with cases.make_buffer(backend, case=case, num_local_ranks=num_local_ranks) as buffer:
 
         def counted(call):
             before = buffer.scaleout_stats()
@@ -189,7 +190,7 @@ def on_rank_bytes(rank, case, num_local_ranks):
 @LAYOUTS
 @pytest.mark.parametrize(("num_ranks", "num_local_ranks"), [(4, 2), (6, 2), (4, 1)])
 def test_a_token_crosses_once_per_node_and_fewer_nodes_mean_fewer_bytes(
-    ranks, num_ranks, num_local_ranks, layout
+    ranks, over_nodes, num_ranks, num_local_ranks, layout
 ):
     case = Case(
         num_ranks=num_ranks, num_experts=8 * num_ranks, num_topk=4, hidden=512, layout=layout
@@ -197,20 +198,22 @@ def test_a_token_crosses_once_per_node_and_fewer_nodes_mean_fewer_bytes(
     case = replace(case, num_tokens=(200, 64, 0, 130, 33, 70))
     totals = {}
     for routing in ("uniform", "group_limited"):
-        values = ranks.run(on_rank_bytes, replace(case, routing=routing), num_local_ranks)
+        values = ranks.run(
+            on_rank_bytes, over_nodes, replace(case, routing=routing), num_local_ranks
+        )
         totals[routing] = sum(values)
     if num_ranks // num_local_ranks > 2:
         assert totals["group_limited"] < 0.8 * totals["uniform"]
 
 
-def on_rank_one_node(rank, case):
+def on_rank_one_node(rank, backend, case):
     """The same bytes as without nodes."""
     world = World(case, rank)
     with (
         cases.make_buffer("cpu", case=case, num_local_ranks=4) as one,
-        cases.make_buffer("cpu", case=case, num_local_ranks=2) as two,
+        cases.make_buffer(backend, case=case, num_local_ranks=2) as two,
     ):
-        assert one.topology.num_nodes, two.topology.num_nodes == (1, 2)
+        assert (one.topology.num_nodes, two.topology.num_nodes) == (1, 2)
         results = [cases.dispatch(buffer, world, world.xs()) for buffer in (one, two)]
         assert_bitwise_equal(results[1], results[0])
         assert set(vars(one.scaleout_stats()).values()) == {0}
@@ -218,22 +221,22 @@ def on_rank_one_node(rank, case):
 
 @LAYOUTS
 @pytest.mark.parametrize("num_ranks", [4])
-def test_dispatch_over_nodes_gives_the_bytes_of_one_node(ranks, num_ranks, layout):
-    ranks.run(on_rank_one_node, replace(CASE, layout=layout))
+def test_dispatch_over_nodes_gives_the_bytes_of_one_node(ranks, over_nodes, num_ranks, layout):
+    ranks.run(on_rank_one_node, over_nodes, replace(CASE, layout=layout))
 
 
-def on_rank_staging(rank, case):
+def on_rank_staging(rank, backend, case):
     """Chunks of one token at the least, of all at the most."""
     world = World(case, rank)
     for staging_bytes in (1, 5000, 1 << 30):
-        with cases.make_buffer("nodes", case=case, staging_bytes=staging_bytes) as buffer:
+        with cases.make_buffer(backend, case=case, staging_bytes=staging_bytes) as buffer:
             cases.check_round_trip(buffer, world)
 
 
 @LAYOUTS
 @pytest.mark.parametrize("num_ranks", [4])
-def test_chunks_of_any_size_give_the_same_bits(ranks, num_ranks, layout):
-    ranks.run(on_rank_staging, replace(CASE, layout=layout, num_tokens=(9, 70, 0, 33)))
+def test_chunks_of_any_size_give_the_same_bits(ranks, over_nodes, num_ranks, layout):
+    ranks.run(on_rank_staging, over_nodes, replace(CASE, layout=layout, num_tokens=(9, 70, 0, 33)))
 
 
 def on_rank_different_num_topk(rank, backend, num_topks):
@@ -270,7 +273,7 @@ def on_rank_different_num_topk(rank, backend, num_topks):
 
 
 @pytest.mark.parametrize("num_ranks", [4])
-@pytest.mark.parametrize("backend", ["reference", "cpu", "nodes"])
+@backends("reference", "cpu", "nodes")
 def test_in_expert_major_num_topk_may_differ_between_ranks(ranks, backend, num_ranks):
     ranks.run(on_rank_different_num_topk, backend, (2, 5, 1, 8))
 
@@ -279,9 +282,9 @@ def test_in_expert_major_num_topk_may_differ_between_ranks(ranks, backend, num_r
 
 
 class Group:
-    def __init__(self, rank, **options):
+    def __init__(self, rank, backend, **options):
         self.rank, self.world = rank, World(CASE, rank)
-        self.buffer = cases.make_buffer("nodes", case=CASE, **options)
+        self.buffer = cases.make_buffer(backend, case=CASE, **options)
         self.result = cases.check_round_trip(self.buffer, self.world)
 
     def call(self, operation):
@@ -309,8 +312,8 @@ class Group:
         assert not shm_mappings()
 
 
-def on_rank_killed(rank, operation, victims, num_local_ranks):
-    group = Group(rank, timeout_s=LONG_S, num_local_ranks=num_local_ranks)
+def on_rank_killed(rank, backend, operation, victims, num_local_ranks):
+    group = Group(rank, backend, timeout_s=LONG_S, num_local_ranks=num_local_ranks)
     dist.barrier()
     if rank in victims:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -320,13 +323,15 @@ def on_rank_killed(rank, operation, victims, num_local_ranks):
 @pytest.mark.parametrize("operation", ["dispatch", "combine", "barrier"])
 @pytest.mark.parametrize(("victims", "num_local_ranks"), [((2, 3), 2), ((1,), 2), ((2,), 1)])
 def test_a_dead_node_or_rank_is_named_at_once_everywhere(
-    launch, operation, victims, num_local_ranks
+    launch, over_nodes, operation, victims, num_local_ranks
 ):
-    launch(on_rank_killed, operation, victims, num_local_ranks, num_ranks=4, lost=victims)
+    launch(
+        on_rank_killed, over_nodes, operation, victims, num_local_ranks, num_ranks=4, lost=victims
+    )
 
 
-def on_rank_stopped(rank, victim):
-    group = Group(rank, timeout_s=2.0)
+def on_rank_stopped(rank, backend, victim):
+    group = Group(rank, backend, timeout_s=2.0)
     dist.barrier()
     if rank == victim:
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -334,12 +339,12 @@ def on_rank_stopped(rank, victim):
 
 
 @pytest.mark.parametrize("victim", [0, 3])
-def test_a_silent_rank_is_named_at_the_deadline_everywhere(launch, victim):
-    launch(on_rank_stopped, victim, num_ranks=4, lost=[victim])
+def test_a_silent_rank_is_named_at_the_deadline_everywhere(launch, over_nodes, victim):
+    launch(on_rank_stopped, over_nodes, victim, num_ranks=4, lost=[victim])
 
 
-def on_rank_destroys_early(rank):
-    group = Group(rank, timeout_s=LONG_S)
+def on_rank_destroys_early(rank, backend):
+    group = Group(rank, backend, timeout_s=LONG_S)
     if rank == 2:
         group.buffer.destroy()
     else:
@@ -347,24 +352,27 @@ def on_rank_destroys_early(rank):
     dist.barrier()
 
 
-def test_a_rank_that_destroyed_its_buffer_is_named_at_once_on_all_nodes(launch):
-    launch(on_rank_destroys_early, num_ranks=4)
+def test_a_rank_that_destroyed_its_buffer_is_named_at_once_on_all_nodes(launch, over_nodes):
+    launch(on_rank_destroys_early, over_nodes, num_ranks=4)
 
 
-def on_rank_fails_by_itself(rank, operation, step, error):
+def on_rank_fails_by_itself(rank, backend, operation, step, error):
     """One rank raises in the middle of a call, when the others have its post."""
-    group = Group(rank, timeout_s=LONG_S)
+    group = Group(rank, backend, timeout_s=LONG_S)
     if rank == 2:
         steps = []
-        step_of = HierarchicalBackend._step
 
-        def failing_step(backend, name, *arguments):
-            if name == step:
-                steps.append(name)
-                raise error
-            step_of(backend, name, *arguments)
+        def failing(step_of):
+            def failing_step(self, name, *arguments):
+                if name == step:
+                    steps.append(name)
+                    raise error
+                step_of(self, name, *arguments)
 
-        HierarchicalBackend._step = failing_step
+            return failing_step
+
+        for where in (NodeControl, type(group.buffer._backend._rows)):
+            where.step = failing(where.step)
         with pytest.raises(type(error), match="broken"):
             group.call(operation)
         assert steps
@@ -387,15 +395,17 @@ def on_rank_fails_by_itself(rank, operation, step, error):
 @pytest.mark.parametrize(
     "error", [MemoryError("broken"), ep_kernels.EPDeviceError("broken")], ids=["memory", "device"]
 )
-def test_a_rank_that_fails_by_itself_is_named_at_once_everywhere(launch, operation, step, error):
-    launch(on_rank_fails_by_itself, operation, step, error, num_ranks=4)
+def test_a_rank_that_fails_by_itself_is_named_at_once_everywhere(
+    launch, over_nodes, operation, step, error
+):
+    launch(on_rank_fails_by_itself, over_nodes, operation, step, error, num_ranks=4)
 
 
-def on_rank_killed_meanwhile(rank, delay_s):
+def on_rank_killed_meanwhile(rank, backend, delay_s):
     """Large rows, in many chunks."""
     case = replace(CASE, hidden=7168, num_tokens=(150,) * 4)
     world = World(case, rank)
-    buffer = cases.make_buffer("nodes", case=case, timeout_s=LONG_S, staging_bytes=1 << 20)
+    buffer = cases.make_buffer(backend, case=case, timeout_s=LONG_S, staging_bytes=1 << 20)
     xs, topk_idx = world.xs()[rank], world.topk_idxs[rank]
     dist.barrier()
     end = time.monotonic() + delay_s
@@ -414,8 +424,8 @@ def on_rank_killed_meanwhile(rank, delay_s):
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_a_rank_that_dies_at_any_moment_is_named(launch, number):
-    launch(on_rank_killed_meanwhile, 0.05 * number, num_ranks=4, lost=[3])
+def test_a_rank_that_dies_at_any_moment_is_named(launch, over_nodes, number):
+    launch(on_rank_killed_meanwhile, over_nodes, 0.05 * number, num_ranks=4, lost=[3])
 
 
 class FarewellLane(Lane):

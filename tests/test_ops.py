@@ -10,15 +10,14 @@ import cases
 import pytest
 import torch
 import torch.distributed as dist
+from backends import backends
 from torch.library import opcheck
 
 from ep_kernels import EPConfigError, Layout, ops
 from ep_kernels.testing import RankPool, assert_bitwise_equal, make_routing
 
 LAYOUTS = pytest.mark.parametrize("layout", list(Layout), ids=lambda layout: layout.name)
-DEVICES = pytest.mark.parametrize(
-    "backend", ["cpu", "nodes", *(["cuda"] if torch.cuda.is_available() else [])]
-)
+DEVICES = backends("cpu", "nodes", "cuda")
 NUM_EXPERTS, HIDDEN = 12, 32
 
 # NOTE: without test_aot_dispatch_dynamic, which wants equal results from two calls, while a
@@ -107,8 +106,8 @@ def test_gradients_are_those_of_the_layer_without_a_transfer(ranks, backend, lay
 
 @LAYOUTS
 @pytest.mark.parametrize("num_ranks", [4])
-def test_gradients_over_nodes_of_several_ranks(ranks, num_ranks, layout):
-    ranks.run(on_rank_gradients, "nodes", layout, None)
+def test_gradients_over_nodes_of_several_ranks(ranks, over_nodes, num_ranks, layout):
+    ranks.run(on_rank_gradients, over_nodes, layout, None)
 
 
 def on_rank_restored_from_copies(rank):

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import cases
 import pytest
-from backends import backends
+from backends import OVER_NODES, backends
 from cases import Case, World
 
 from ep_kernels.config import Layout
@@ -176,5 +176,5 @@ def on_rank_program(rank, backend, num_ranks, seeds, num_steps):
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8], ids="R{}".format)
 @backends("cpu", "nodes", "cuda")
 def test_random_programs_at_different_paces(ranks, backend, num_ranks, is_exhaustive):
-    seeds = range(40 if is_exhaustive else 2 if backend == "nodes" else 3)
+    seeds = range(40 if is_exhaustive else 2 if backend in OVER_NODES else 3)
     ranks.run(on_rank_program, backend, num_ranks, seeds, 150, deadline_s=80.0 * len(seeds))

@@ -28,11 +28,11 @@ std::vector<ep::Offer> to_vector(const EpBuffer* buffer, const ep::Offer* offers
 void ep_lane_abi_sizes(int32_t sizes[7]) {
   sizes[0] = sizeof(LanePost);
   sizes[1] = sizeof(ep::OfferSlot);
-  sizes[2] = sizeof(ep::cpu::LaneTokensArgs);
-  sizes[3] = sizeof(ep::cpu::LanePackArgs);
-  sizes[4] = sizeof(ep::cpu::LanePlanArgs);
-  sizes[5] = sizeof(ep::cpu::LaneSums);
-  sizes[6] = sizeof(ep::cpu::LaneMergeArgs);
+  sizes[2] = sizeof(ep::LaneTokensArgs);
+  sizes[3] = sizeof(ep::LanePackArgs);
+  sizes[4] = sizeof(ep::LanePlanArgs);
+  sizes[5] = sizeof(ep::LaneSums);
+  sizes[6] = sizeof(ep::LaneMergeArgs);
 }
 
 // Messages
@@ -189,7 +189,7 @@ int32_t ep_lane_first_rows(EpBuffer* buffer, uint64_t seq, int32_t src, const ep
   });
 }
 
-int32_t ep_lane_plan_tokens(EpBuffer* buffer, uint64_t seq, const ep::cpu::LanePlanArgs* args,
+int32_t ep_lane_plan_tokens(EpBuffer* buffer, uint64_t seq, const ep::LanePlanArgs* args,
                             EpError* error) {
   return guarded(error, [&] {
     std::copy_n(args->choices, args->num_tokens * args->num_topk, args->topk_idx);
@@ -200,7 +200,7 @@ int32_t ep_lane_plan_tokens(EpBuffer* buffer, uint64_t seq, const ep::cpu::LaneP
   });
 }
 
-int32_t ep_lane_tokens(EpBuffer* buffer, const ep::cpu::LaneTokensArgs* args, EpError* error) {
+int32_t ep_lane_tokens(EpBuffer* buffer, const ep::LaneTokensArgs* args, EpError* error) {
   return guarded(error, [&] {
     ep::cpu::lane_tokens(buffer->impl.group(), buffer->impl.num_local_ranks(), *args);
   });
@@ -208,10 +208,8 @@ int32_t ep_lane_tokens(EpBuffer* buffer, const ep::cpu::LaneTokensArgs* args, Ep
 
 // Transfers
 
-int32_t ep_lane_pack(EpBuffer* buffer, const ep::cpu::LanePackArgs* args, EpError* error) {
-  return guarded(error, [&] {
-    ep::cpu::lane_pack(buffer->impl.transfer(), buffer->impl.num_local_ranks(), *args);
-  });
+int32_t ep_lane_pack(EpBuffer* buffer, const ep::LanePackArgs* args, EpError* error) {
+  return guarded(error, [&] { ep::cpu::lane_pack(buffer->impl.transfer(), *args); });
 }
 
 int32_t ep_lane_send_rows(EpBuffer* buffer, const ep::HtDispatchArgs* args, const ep::Offer* offers,
@@ -236,6 +234,6 @@ int32_t ep_lane_reduce_rows(EpBuffer* buffer, const ep::HtCombineArgs* args,
   });
 }
 
-int32_t ep_lane_merge(EpBuffer* buffer, const ep::cpu::LaneMergeArgs* args, EpError* error) {
+int32_t ep_lane_merge(EpBuffer* buffer, const ep::LaneMergeArgs* args, EpError* error) {
   return guarded(error, [&] { ep::cpu::lane_merge(buffer->impl.transfer(), *args); });
 }

@@ -57,14 +57,13 @@ EP_API int32_t ep_lane_plan(EpBuffer* buffer, uint64_t seq, const ep::HtDispatch
 /// next: [max(num_ranks, num_experts)]
 EP_API int32_t ep_lane_first_rows(EpBuffer* buffer, uint64_t seq, int32_t src,
                                   const ep::HtSizes* sizes, int64_t* next, EpError* error);
-EP_API int32_t ep_lane_plan_tokens(EpBuffer* buffer, uint64_t seq,
-                                   const ep::cpu::LanePlanArgs* args, EpError* error);
-EP_API int32_t ep_lane_tokens(EpBuffer* buffer, const ep::cpu::LaneTokensArgs* args,
-                              EpError* error);
+EP_API int32_t ep_lane_plan_tokens(EpBuffer* buffer, uint64_t seq, const ep::LanePlanArgs* args,
+                                   EpError* error);
+EP_API int32_t ep_lane_tokens(EpBuffer* buffer, const ep::LaneTokensArgs* args, EpError* error);
 
 // Transfers, of a batch or of a part of it.
 
-EP_API int32_t ep_lane_pack(EpBuffer* buffer, const ep::cpu::LanePackArgs* args, EpError* error);
+EP_API int32_t ep_lane_pack(EpBuffer* buffer, const ep::LanePackArgs* args, EpError* error);
 EP_API int32_t ep_lane_send_rows(EpBuffer* buffer, const ep::HtDispatchArgs* args,
                                  const ep::Offer* offers, EpError* error);
 EP_API int32_t ep_lane_fill_padding(EpBuffer* buffer, const ep::HtDispatchArgs* args,
@@ -72,4 +71,4 @@ EP_API int32_t ep_lane_fill_padding(EpBuffer* buffer, const ep::HtDispatchArgs* 
 EP_API int32_t ep_lane_stage_rows(EpBuffer* buffer, const ep::HtCombineArgs* args, EpError* error);
 EP_API int32_t ep_lane_reduce_rows(EpBuffer* buffer, const ep::HtCombineArgs* args,
                                    const ep::Offer* offers, EpError* error);
-EP_API int32_t ep_lane_merge(EpBuffer* buffer, const ep::cpu::LaneMergeArgs* args, EpError* error);
+EP_API int32_t ep_lane_merge(EpBuffer* buffer, const ep::LaneMergeArgs* args, EpError* error);

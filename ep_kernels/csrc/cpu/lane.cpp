@@ -1,11 +1,11 @@
 // Work on the messages of a lane.
 //
-//   lane_tokens   which tokens go to a node, and in which chunks
+//   lane_tokens   which tokens go to a node, in which chunks, with which choices
 //   lane_pack     a chunk of a dispatch from the rows of its tokens
 //   lane_merge    result rows from the sums of all nodes
 //
-// Chunks that arrive are planned by plan_tokens(), written by send_rows() and summed by
-// reduce_rows(), like the rank's own tokens.
+// Tokens of other sources are planned by plan_tokens(), written by send_rows() and summed by
+// reduce_rows(), like the rank's own.
 
 #include "cpu/lane.h"
 
@@ -76,21 +76,23 @@ void lane_tokens(const Group& group, int num_local, const LaneTokensArgs& args) 
   int64_t count = 0;
   for (int64_t token = 0; token < args.num_tokens; ++token) {
     if (token % args.chunk_tokens == 0) args.bounds[token / args.chunk_tokens] = count;
-    const int64_t* choices = args.topk_idx + token * args.num_topk;
-    if (std::any_of(choices, choices + args.num_topk, [&](int64_t expert) {
-          return is_on_node(group, num_local, expert, args.node);
-        }))
-      args.tokens[count++] = static_cast<int32_t>(token);
+    int32_t* choices = args.choices + count * args.num_topk;
+    bool goes = false;
+    for (int64_t k = 0; k < args.num_topk; ++k) {
+      const int64_t expert = args.topk_idx[token * args.num_topk + k];
+      const bool is_there = is_on_node(group, num_local, expert, args.node);
+      choices[k] = is_there ? static_cast<int32_t>(expert) : -1;
+      goes |= is_there;
+    }
+    if (goes) args.tokens[count++] = static_cast<int32_t>(token);
   }
   args.bounds[ceil_div(args.num_tokens, args.chunk_tokens)] = count;
 }
 
-void lane_pack(const Transfer& transfer, int num_local, const LanePackArgs& args) {
+void lane_pack(const Transfer& transfer, const LanePackArgs& args) {
   uint8_t* rows = args.message;
   uint8_t* scales = rows + args.num_tokens * args.row_bytes;
-  auto* choices = reinterpret_cast<int32_t*>(scales + args.num_tokens * args.scale_bytes);
-  uint8_t* weights = reinterpret_cast<uint8_t*>(choices) +
-                     (args.topk_idx ? args.num_tokens * args.num_topk * sizeof(int32_t) : 0);
+  uint8_t* weights = scales + args.num_tokens * args.scale_bytes;
   const int64_t weights_bytes = args.num_topk * args.weight_bytes;
   const auto pack_token = [&](int64_t i) {
     const int64_t token = args.tokens[i];
@@ -99,12 +101,6 @@ void lane_pack(const Transfer& transfer, int num_local, const LanePackArgs& args
     if (args.scale_bytes > 0)
       std::memcpy(scales + i * args.scale_bytes, args.scales + token * args.scale_bytes,
                   args.scale_bytes);
-    if (args.topk_idx)
-      for (int64_t k = 0; k < args.num_topk; ++k) {
-        const int64_t expert = args.topk_idx[token * args.num_topk + k];
-        const bool goes = is_on_node(transfer.group, num_local, expert, args.node);
-        choices[i * args.num_topk + k] = goes ? static_cast<int32_t>(expert) : -1;
-      }
     if (weights_bytes > 0)
       std::memcpy(weights + i * weights_bytes, args.topk_weights + token * weights_bytes,
                   weights_bytes);

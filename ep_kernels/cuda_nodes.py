@@ -1,0 +1,205 @@
+"""GPUs over several nodes: the memory and kernels of one node, and a transport to the others."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ep_kernels import _native, env
+from ep_kernels._native_cuda_lane import CudaLaneConfig, cuda_lane_library
+from ep_kernels.cpu_backend import CpuBackend
+from ep_kernels.cuda_backend import CudaBackend
+from ep_kernels.device_rows import DeviceRows
+from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
+from ep_kernels.hierarchical import HierarchicalBackend
+from ep_kernels.streams import CudaStream, Stream
+from ep_kernels.transport import HostTransport
+
+if TYPE_CHECKING:
+    import torch
+
+    from ep_kernels.bootstrap import Bootstrap
+    from ep_kernels.config import Settings
+    from ep_kernels.lanes import Lane
+    from ep_kernels.topology import Topology
+    from ep_kernels.transport import Transport
+
+CONTROL_POOL_BYTES = 4096
+
+
+class CudaNodesBackend(HierarchicalBackend):
+    """Announcements in host memory that the ranks of a node share, rows in the memory of its GPUs.
+
+    Raises:
+        EPConfigError: ranks disagree on the transport, or it does not work here; on all ranks.
+        EPDeviceError: no memory, or other nodes cannot be reached; on all ranks.
+    """
+
+    def __init__(self, bootstrap: Bootstrap, settings: Settings, topology: Topology) -> None:
+        core = make_core(bootstrap, settings, topology)
+        device: CudaDevice | None = None
+        problem: EPError | None = None
+        try:
+            device = CudaDevice(bootstrap, settings, topology)
+        except EPError as error:
+            problem = error.with_traceback(None)
+        for rank, found in enumerate(bootstrap.all_gather(problem)):
+            if found is not None:
+                if device is not None:
+                    device.close()
+                    device.memory.destroy()
+                core.destroy()
+                raise type(found)(f"rank {rank}, by local ranks of its node: {found}")
+        assert device is not None
+        super().__init__(core, DeviceRows(device), bootstrap, settings, topology)
+
+
+def make_core(bootstrap: Bootstrap, settings: Settings, topology: Topology) -> CpuBackend:
+    """Host memory of a node's ranks for announcements only. Collective."""
+    small = replace(settings, pool_bytes=CONTROL_POOL_BYTES, low_latency_bytes=0)
+    return CpuBackend(bootstrap, small, topology)
+
+
+class _NodeBootstrap:
+    """The ranks of one node. All nodes do the same at the same time."""
+
+    def __init__(self, bootstrap: Bootstrap, topology: Topology) -> None:
+        self._bootstrap, self._local_ranks = bootstrap, topology.local_ranks
+        self.rank, self.num_ranks = topology.local_rank, topology.num_local_ranks
+
+    def all_gather(self, value: Any) -> list[Any]:
+        values = self._bootstrap.all_gather(value)
+        return [values[rank] for rank in self._local_ranks]
+
+
+class CudaDevice:
+    """A GPU, the pools of the node's ranks, and the kernels over them.
+
+    Raises:
+        EPDeviceError: as CudaBackend.
+    """
+
+    _lane: int | None = None
+
+    def __init__(self, bootstrap: Bootstrap, settings: Settings, topology: Topology) -> None:
+        # The compiled buffer serves memory only: of experts it knows nothing.
+        of_node = replace(
+            settings,
+            num_experts=topology.num_local_ranks,
+            expert_to_rank=tuple(range(topology.num_local_ranks)),
+            low_latency_bytes=0,
+        )
+        self.memory = CudaBackend(_NodeBootstrap(bootstrap, topology), of_node)
+        self._torch_device, self._settings = self.memory.device, settings
+        try:
+            self.rows = CudaStream(self._torch_device)
+            self._library = cuda_lane_library()
+            self._create(settings, topology)
+        except EPError:
+            self.memory.destroy()
+            raise
+
+    def _create(self, settings: Settings, topology: Topology) -> None:
+        experts = (ctypes.c_int32 * settings.num_experts)(*settings.expert_to_rank)
+        config = CudaLaneConfig(
+            expert_rank=ctypes.addressof(experts),
+            num_experts=settings.num_experts,
+            rank=topology.rank,
+            num_local_ranks=topology.num_local_ranks,
+        )
+        lane = ctypes.c_void_p()
+        create = self._library.ep_cuda_lane_create
+        _native.call(create, self.memory.core, ctypes.byref(config), ctypes.byref(lane))
+        self._lane = lane.value
+
+    def is_capturing(self) -> bool:
+        import torch
+
+        return torch.cuda.is_current_stream_capturing()
+
+    def current_stream(self) -> CudaStream:
+        import torch
+
+        return CudaStream(self._torch_device, torch.cuda.current_stream(self._torch_device))
+
+    def as_current(self, stream: Stream) -> contextlib.AbstractContextManager[Any]:
+        import torch
+
+        assert isinstance(stream, CudaStream)
+        return torch.cuda.stream(stream.raw)
+
+    def new_stream(self) -> CudaStream:
+        return CudaStream(self._torch_device)
+
+    def new_memory(self, num_bytes: int) -> torch.Tensor:
+        import torch
+
+        with torch.cuda.stream(self.rows.raw):
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self._torch_device)
+
+    def step(self, name: str, *arguments: Any) -> None:
+        function = getattr(self._library, f"ep_cuda_lane_{name}")
+        _native.call(function, self._lane, *arguments, self.rows.raw.cuda_stream)
+
+    def copy_to_host(self, to: torch.Tensor, address: int, stream: Stream) -> None:
+        assert isinstance(stream, CudaStream)
+        copy = self._library.ep_cuda_lane_copy
+        _native.call(copy, self._lane, to.data_ptr(), address, to.nbytes, stream.raw.cuda_stream)
+
+    def wait_for_freed(self) -> None:
+        self.memory.wait_for_freed(self.rows.raw.cuda_stream)
+
+    def make_transport(self, lane: Lane, bootstrap: Bootstrap) -> Transport:
+        """The one that EP_KERNELS_SCALEOUT names."""
+        name = agree_on_transport(bootstrap)
+        if name == "nccl":
+            from ep_kernels.nccl_transport import make_nccl_transport
+
+            return make_nccl_transport(lane, bootstrap, self.rows, self.new_memory)
+        if name == "nvshmem":
+            from ep_kernels.nvshmem_transport import make_nvshmem_transport
+
+            return make_nvshmem_transport(
+                lane,
+                bootstrap,
+                self._settings,
+                self.rows,
+                network=self.new_stream(),
+                new_memory=self.new_memory,
+            )
+        return HostTransport(lane, self.rows, self.new_stream, self.new_memory)
+
+    def close(self) -> None:
+        if self._lane is not None:
+            lane, self._lane = self._lane, None
+            with contextlib.suppress(EPDeviceError):
+                self.rows.synchronize()
+            self._library.ep_cuda_lane_delete(lane)
+
+
+def agree_on_transport(bootstrap: Bootstrap) -> str:
+    """ "host", "nccl" or "nvshmem", as all ranks say. Collective.
+
+    Raises:
+        EPConfigError: on all ranks; they disagree, or one knows no such transport.
+    """
+    outcomes = bootstrap.all_gather(_wished_transport())
+    for rank, (name, problem) in enumerate(outcomes):
+        if problem:
+            raise EPConfigError(f"rank {rank}: {problem}")
+        if name != outcomes[0][0]:
+            raise EPConfigError(
+                f"ranks disagree on EP_KERNELS_SCALEOUT: rank 0 has {outcomes[0][0]}, rank {rank} "
+                f"has {name}"
+            )
+    return str(outcomes[0][0])
+
+
+def _wished_transport() -> tuple[str, str]:
+    """(name, problem)."""
+    try:
+        return env.scaleout_transport(), ""
+    except EPConfigError as error:
+        return "", str(error)
