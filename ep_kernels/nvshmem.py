@@ -16,6 +16,8 @@ NVSHMEM reads its own settings from the environment; none of them is changed her
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
 import itertools
 import os
@@ -45,6 +47,9 @@ from ep_kernels.topology import Topology
 DEFAULT_NUM_BLOCKS = 4
 DEFAULT_NUM_SLOTS = 4
 DEFAULT_STAGING_BYTES = 64 << 20
+EXIT_S = 5.0
+"""How long a process that ends waits for the others."""
+
 HEAP_EXTRA_BYTES = 32 << 20
 """For the words of rings, and what NVSHMEM takes for itself."""
 
@@ -97,7 +102,8 @@ def why_not() -> str:
 
 def leave(timeout_s: float) -> None:
     """Ends NVSHMEM in this process, for good. Collective over all processes that it connects, once
-    their lanes are destroyed; without it, processes end all the same. Nothing if there was no lane.
+    they need no lane any more. Also done when Python ends, for EXIT_S at most. Nothing if there was
+    no lane.
 
     Raises:
         EPTimeoutError: the other ranks did not do the same within the deadline.
@@ -108,6 +114,12 @@ def leave(timeout_s: float) -> None:
         return
     if problem := _attempt(timeout_s, "end NVSHMEM", "ep_nvshmem_leave"):
         raise problem
+
+
+def _leave_at_exit() -> None:
+    """NVSHMEM has files in shared memory that it removes at its end."""
+    with contextlib.suppress(EPError):
+        leave(EXIT_S)
 
 
 class NvshmemLane:
@@ -282,6 +294,7 @@ class NvshmemLane:
         problem = _attempt(self.timeout_s, "begin NVSHMEM", "ep_nvshmem_join", *where, unique_id)
         _agree(bootstrap, problem, {})
         _joined = processes
+        atexit.register(_leave_at_exit)
 
     def _config(self) -> NvshmemConfig:
         options = self.options

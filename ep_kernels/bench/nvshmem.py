@@ -33,6 +33,7 @@ from ep_kernels.nvshmem import NvshmemLane, NvshmemOptions, leave
 from ep_kernels.topology import Topology
 
 TIMEOUT_S = 20.0
+SLEEP_CYCLES = 2_000_000
 
 
 def run_rank(rank: int, options: argparse.Namespace, store: str) -> None:
@@ -85,6 +86,7 @@ def time_repetitions(operation: Callable[[], Any], repetitions: int) -> list[flo
     for repetition in range(repetitions + 2):
         torch.cuda.synchronize()
         dist.barrier()
+        torch.cuda._sleep(SLEEP_CYCLES)  # until the operation is enqueued
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         operation()

@@ -16,6 +16,10 @@
 // A producer is called by all threads of a block as producer(piece, payload) and fills the sections
 // of a piece; a consumer as consumer(piece, payload) and reads them. The consumer may do more than
 // copy: write rows to their final places in other memory, or add them up.
+//
+// NOTE: slots are written by peers while the kernel runs, so a consumer reads them past the
+// first-level cache; one that reads them by bulk copies has to order these behind the arrival by a
+// proxy fence.
 
 namespace ep::nvshmem {
 

@@ -2,15 +2,16 @@
 
 #include <nvshmem_host.h>
 
-#include <algorithm>
 #include <atomic>
 
+#include "core/lane_stream.h"
 #include "cuda/check_cuda.h"
 
 namespace ep::nvshmem {
 namespace {
 
-constexpr int64_t kMaxStreamBytes = 48 << 10;  ///< of shared memory without asking for more
+/// Shared memory of a block without asking for more holds so many streams, two per peer.
+constexpr int kMaxNodes = (48 << 10) / (2 * sizeof(LaneStream)) + 1;
 
 /// What a node waited for, for people.
 std::string awaited_text(LaneStatus status, const LaneRecord& record) {
@@ -29,9 +30,7 @@ RingLayout layout_of(const Lane::Config& config) {
   EP_CHECK(slot_bytes > 0, "staging_bytes=", config.staging_bytes, " is too little for ",
            2 * (config.num_nodes - 1), " rings of ", config.num_channels, " channels and ",
            config.num_slots, " slots");
-  const int64_t stream_bytes = int64_t{64} * (config.num_nodes - 1);
-  EP_CHECK(stream_bytes <= kMaxStreamBytes, "num_nodes=", config.num_nodes, " exceeds ",
-           kMaxStreamBytes / 64 + 1);
+  EP_CHECK(config.num_nodes <= kMaxNodes, "num_nodes=", config.num_nodes, " exceeds ", kMaxNodes);
   return {config.num_nodes, config.num_channels, config.num_slots, slot_bytes};
 }
 
