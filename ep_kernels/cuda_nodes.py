@@ -155,11 +155,11 @@ class CudaDevice:
         """The one that EP_KERNELS_SCALEOUT names."""
         name = agree_on_transport(bootstrap)
         if name == "nccl":
-            from ep_kernels.nccl_transport import make_nccl_transport
+            from ep_kernels.nccl_group import make_nccl_transport
 
             return make_nccl_transport(lane, bootstrap, self.rows, self.new_memory)
         if name == "nvshmem":
-            from ep_kernels.nvshmem_transport import make_nvshmem_transport
+            from ep_kernels.nvshmem_group import make_nvshmem_transport
 
             return make_nvshmem_transport(
                 lane,

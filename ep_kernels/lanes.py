@@ -132,10 +132,11 @@ class Lane(abc.ABC):
         if lost is not None:
             raise self._error(transfer.node, transfer.message, lost)
 
-    def silence(self, transfer: Transfer) -> EPTimeoutError:
-        """The error for a peer from which something did not come by other means in time, though the
+    def silence(self, transfer: Transfer, why: str) -> EPTimeoutError:
+        """The error for a peer from which something did not come by other means, though the
         transfer has ended."""
-        lost = self._follow(self._expired(transfer.node))
+        peer = self.topology.lane_rank(transfer.node)
+        lost = self._follow(Lost(peer, f"nothing came from rank {peer}: {why}"))
         return self._error(transfer.node, transfer.message, lost)
 
     def close(self, culprit: int = DEPARTED) -> None:

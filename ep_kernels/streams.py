@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from ep_kernels.errors import EPDeviceError
@@ -62,7 +63,7 @@ class CudaStream:
 
         # Few blocks that peers wait for go before the many of a GEMM.
         with device_errors():
-            self.raw = raw or torch.cuda.Stream(device, priority=-1)
+            self.raw = torch.cuda.Stream(device, priority=-1) if raw is None else raw
 
     def record(self) -> Moment:
         return _CudaMoment(self.raw)
@@ -95,3 +96,13 @@ def device_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise EPDeviceError(f"the device reports an error: {error}") from None
+
+
+def wait_until(is_over: Callable[[], bool], timeout_s: float) -> bool:
+    """Polls on the host; False if the time has run out."""
+    deadline = time.monotonic() + timeout_s
+    while not is_over():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(20e-6)
+    return True

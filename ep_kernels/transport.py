@@ -2,7 +2,7 @@
 
     LaneTransport   rows in host memory: messages of the lane (lanes.py)
     HostTransport   rows in device memory: through pinned host memory and the lane
-    NcclTransport   nccl_transport.py: rows in device memory, sent by NCCL
+    GroupTransport  group_transport.py: rows in device memory, sent from there by a library
 
 Chunks move in steps, which both ends number alike; chunk c of every peer belongs to step c. WINDOW
 steps are under way at a time. Of a step, in this order:

@@ -24,8 +24,8 @@ from ep_kernels.cpu_backend import CpuBackend
 from ep_kernels.cuda_nodes import agree_on_transport, make_core
 from ep_kernels.device_rows import DeviceRows
 from ep_kernels.errors import EPDeviceError
+from ep_kernels.group_transport import GroupTransport
 from ep_kernels.hierarchical import HierarchicalBackend
-from ep_kernels.nccl_transport import NcclTransport
 from ep_kernels.transport import HostTransport
 
 
@@ -150,7 +150,9 @@ class HostDevice:
     def make_transport(self, lane, bootstrap):
         if agree_on_transport(bootstrap) == "nccl":
             name = bootstrap.all_gather(uuid.uuid4().hex)[0]
-            return NcclTransport(lane, GlooGroup(lane, name, self.rows), self.new_memory)
+            return GroupTransport(
+                lane, GlooGroup(lane, name, self.rows), self.rows, self.new_memory
+            )
         return HostTransport(lane, self.rows, self.new_stream, self.new_memory)
 
     def close(self):

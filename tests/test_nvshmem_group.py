@@ -7,10 +7,10 @@ On a GPU the other suites run over it:
 
 import pytest
 
-from ep_kernels import nvshmem_transport
+from ep_kernels import nvshmem_group
 from ep_kernels.bootstrap import make_bootstrap
 from ep_kernels.errors import EPDeviceError, EPTimeoutError
-from ep_kernels.nvshmem_transport import KeptRings, NvshmemGroup, take_rings
+from ep_kernels.nvshmem_group import KeptRings, NvshmemGroup, take_rings
 
 
 def on_rank_takes(rank):
@@ -21,7 +21,7 @@ def on_rank_takes(rank):
     def take():
         return take_rings(bootstrap, lambda rings: rings != "small", lambda: next(made))
 
-    kept = nvshmem_transport._kept
+    kept = nvshmem_group._kept
     one = take()
     assert one.rings == "first"
     kept[one.name] = one

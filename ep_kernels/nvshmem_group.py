@@ -1,9 +1,7 @@
 """Chunks of rows by NVSHMEM, from device memory to device memory.
 
-The chunks of a step, of all peers and both directions, are one exchange of an NvshmemLane. As a
-group of NCCL would, it ends when every peer of the step has made its own; so the order of the
-steps, and what ranks tell each other over the lane of messages, are those of nccl_transport.py.
-Unlike a group of NCCL it ends at its deadline, naming the rank to blame.
+A group of group_transport.py is one exchange of an NvshmemLane. It ends at its deadline, naming the
+rank to blame.
 
 Rings are kept when a buffer goes: giving them back needs all ranks, and a buffer may go alone. The
 next buffer takes them, if all ranks have them.
@@ -12,12 +10,12 @@ next buffer takes them, if all ranks have them.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ep_kernels.errors import EPError
-from ep_kernels.nccl_transport import NcclTransport, PeerGroup
+from ep_kernels.group_transport import GroupTransport, PeerGroup, Tensors
 from ep_kernels.nvshmem import NvshmemLane, NvshmemOptions
 from ep_kernels.streams import device_errors
 
@@ -36,9 +34,7 @@ MIN_STAGING_BYTES = 8 << 20
 class Rings(Protocol):
     """What is used of an NvshmemLane."""
 
-    def exchange_bytes(
-        self, sends: Mapping[int, torch.Tensor], recvs: Mapping[int, torch.Tensor]
-    ) -> None: ...
+    def exchange_bytes(self, sends: Tensors, recvs: Tensors) -> None: ...
 
     def check(self) -> None: ...
 
@@ -76,7 +72,7 @@ class NvshmemGroup(PeerGroup):
         self._give_back: Callable[[bool], None] | None = give_back
         self._last: Any = None
 
-    def exchange(self, sends: Mapping[int, torch.Tensor], recvs: Mapping[int, torch.Tensor]) -> Any:
+    def exchange(self, sends: Tensors, recvs: Tensors) -> Any:
         import torch
 
         self._network.wait(self._rows.record())
@@ -115,7 +111,7 @@ def make_nvshmem_transport(
     *,
     network: CudaStream,
     new_memory: Callable[[int], torch.Tensor],
-) -> NcclTransport:
+) -> GroupTransport:
     """Collective.
 
     Raises:
@@ -142,7 +138,7 @@ def make_nvshmem_transport(
             _kept[kept.name] = kept
 
     group = NvshmemGroup(kept.rings, rows, network, give_back)
-    return NcclTransport(lane, group, new_memory)
+    return GroupTransport(lane, group, rows, new_memory)
 
 
 def take_rings(
