@@ -329,11 +329,11 @@ class NvshmemLane:
     ) -> None:
         """Enqueues an exchange; `counts` by node, as csrc/nvshmem/lane_args.h has them. Their
         memory stays with the stream as that of any tensor does."""
-        on_host = torch.tensor(list(counts), dtype=torch.int64).pin_memory()
-        on_device = on_host.to(self.device, non_blocking=True)
-        arguments.counts = on_device.data_ptr()
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.device):  # threads begin with another one
+            on_host = torch.tensor(list(counts), dtype=torch.int64).pin_memory()
+            on_device = on_host.to(self.device, non_blocking=True)
+            arguments.counts = on_device.data_ptr()
+            stream = torch.cuda.current_stream(self.device).cuda_stream
             function = getattr(nvshmem_library(), name)
             call(function, handle, ctypes.byref(arguments), c_void_p(stream))
 

@@ -35,6 +35,7 @@ struct Pe {
   Bytes heap;
   std::vector<ChannelState> channels;
   uint32_t failed = 0;
+  unsigned long long tickets = 0;
   LaneRecord record{};
   std::vector<int32_t> pes;
   Bytes sources[ep::kMaxLaneSections], received[ep::kMaxLaneSections];
@@ -83,8 +84,16 @@ void prepare(std::vector<Pe>& pes, const Settings& settings, int64_t tokens_per_
 
 DeviceLane lane_of(Pe& own, int pe, const Settings& settings, const ep::RingLayout& layout) {
   const uint64_t timeout_ns = settings.silent < 0 ? 10'000'000'000ull : 300'000'000ull;
-  return {own.heap.data(), own.channels.data(), &own.failed, &own.record,       own.pes.data(),
-          layout,          timeout_ns,          pe,          settings.is_direct};
+  return {own.heap.data(),
+          own.channels.data(),
+          &own.failed,
+          &own.tickets,
+          &own.record,
+          own.pes.data(),
+          layout,
+          timeout_ns,
+          pe,
+          settings.is_direct};
 }
 
 /// All blocks of one PE.

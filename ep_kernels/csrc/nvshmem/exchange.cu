@@ -6,13 +6,17 @@
 namespace ep::nvshmem {
 namespace {
 
+/// Blocks take channels in the order in which they start: where only some find an SM, those of all
+/// ranks serve the same channels, and nobody waits for a block that has not started.
 template <typename Producer, typename Consumer>
 __global__ void __launch_bounds__(kExchangeThreads)
     exchange_kernel(const __grid_constant__ DeviceLane lane,
                     const __grid_constant__ LaneExchangeArgs args, int64_t tokens_per_piece) {
   extern __shared__ LaneStream streams[];
-  exchange_channel(Channel{lane, streams, static_cast<int>(blockIdx.x)}, args, tokens_per_piece,
-                   Producer{}, Consumer{});
+  __shared__ int channel;
+  if (threadIdx.x == 0) channel = static_cast<int>(atomicAdd(lane.tickets, 1ull) % gridDim.x);
+  __syncthreads();
+  exchange_channel(Channel{lane, streams, channel}, args, tokens_per_piece, Producer{}, Consumer{});
 }
 
 }  // namespace

@@ -37,7 +37,7 @@ RingLayout layout_of(const Lane::Config& config) {
 }  // namespace
 
 Lane::Lane(const Config& config)
-    : config_(config), device_{{}, {}, {}, {}, {}, layout_of(config), 0, 0, 0} {
+    : config_(config), device_{{}, {}, {}, {}, {}, {}, layout_of(config), 0, 0, 0} {
   EP_CHECK_CUDA(cudaSetDevice(config.device));
   const RingLayout& layout = device_.layout;
   device_.timeout_ns = static_cast<uint64_t>(config.timeout_us) * 1000;
@@ -54,6 +54,9 @@ Lane::Lane(const Config& config)
   EP_CHECK_CUDA(cudaMemset(device_.channels, 0, num_states * sizeof(ChannelState)));
   EP_CHECK_CUDA(cudaMalloc(reinterpret_cast<void**>(&device_.failed), sizeof(uint32_t)));
   EP_CHECK_CUDA(cudaMemset(device_.failed, 0, sizeof(uint32_t)));
+  constexpr size_t kTicketBytes = sizeof(*device_.tickets);
+  EP_CHECK_CUDA(cudaMalloc(reinterpret_cast<void**>(&device_.tickets), kTicketBytes));
+  EP_CHECK_CUDA(cudaMemset(device_.tickets, 0, kTicketBytes));
   EP_CHECK_CUDA(cudaHostAlloc(reinterpret_cast<void**>(&device_.record), sizeof(LaneRecord),
                               cudaHostAllocMapped));
   *device_.record = {};
@@ -120,6 +123,7 @@ void Lane::check() const {
 void Lane::free_own_memory() {
   cudaFree(device_.channels);
   cudaFree(device_.failed);
+  cudaFree(device_.tickets);
   cudaFree(pes_);
   cudaFreeHost(device_.record);
 }

@@ -36,9 +36,10 @@ struct ChannelState {
 
 /// What kernels know of a lane.
 struct DeviceLane {
-  uint8_t* heap;           ///< symmetric, as RingLayout says
-  ChannelState* channels;  ///< [num_channels][num_peers]
-  uint32_t* failed;        ///< device memory: 1 once a block has given up
+  uint8_t* heap;                ///< symmetric, as RingLayout says
+  ChannelState* channels;       ///< [num_channels][num_peers]
+  uint32_t* failed;             ///< device memory: 1 once a block has given up
+  unsigned long long* tickets;  ///< device memory: blocks that have started, of all exchanges
   LaneRecord* record;
   const int32_t* pes;  ///< [num_nodes] numbers that NVSHMEM has for the ranks of the lane
   RingLayout layout;

@@ -8,7 +8,7 @@
 //
 // A block serves its channel towards all peers, in both directions, and waits for none of them
 // alone: it does whatever is ready. So ranks make progress as long as one block of each is running,
-// and blocks that are not yet on an SM hold up only their own channel.
+// of the same channel, and blocks that are not yet on an SM hold up only their own channel.
 
 namespace ep::nvshmem {
 
