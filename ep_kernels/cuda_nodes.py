@@ -93,7 +93,7 @@ class CudaDevice:
             send_once="none",
         )
         self.memory = CudaBackend(_NodeBootstrap(bootstrap, topology), of_node)
-        self._torch_device = self.memory.device
+        self._torch_device, self._settings = self.memory.device, settings
         try:
             self.rows = CudaStream(self._torch_device)
             self._library = cuda_lane_library()
@@ -159,6 +159,17 @@ class CudaDevice:
             from ep_kernels.nccl_group import make_nccl_transport
 
             return make_nccl_transport(lane, bootstrap, self.rows, self.new_memory)
+        if name == "nvshmem":
+            from ep_kernels.nvshmem_group import make_nvshmem_transport
+
+            return make_nvshmem_transport(
+                lane,
+                bootstrap,
+                self._settings,
+                self.rows,
+                network=self.new_stream(),
+                new_memory=self.new_memory,
+            )
         return HostTransport(lane, self.rows, self.new_stream, self.new_memory)
 
     def close(self) -> None:
@@ -170,7 +181,7 @@ class CudaDevice:
 
 
 def agree_on_transport(bootstrap: Bootstrap) -> str:
-    """ "host" or "nccl", as all ranks say. Collective.
+    """ "host", "nccl" or "nvshmem", as all ranks say. Collective.
 
     Raises:
         EPConfigError: on all ranks; they disagree, or one knows no such transport.

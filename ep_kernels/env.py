@@ -7,8 +7,8 @@ EP_KERNELS_NUM_SMS      the same on a GPU
 EP_KERNELS_POOL_BYTES   default of `Buffer(pool_bytes=)`
 EP_KERNELS_SEND_ONCE    remote (default), all or none: the peers to which a GPU sends a row of an
                         EXPERT_MAJOR dispatch once, to be copied there for the other experts
-EP_KERNELS_SCALEOUT     how rows of GPUs reach other nodes: "host" (through host memory), "nccl" or
-                        "auto", the default, which is host
+EP_KERNELS_SCALEOUT     how rows of GPUs reach other nodes: "host" (through host memory), "nccl",
+                        "nvshmem" or "auto", the default, which is host
 EP_KERNELS_SIMD         scalar, avx2 or avx512: a slower path of the CPU core (read by the core)
 NVSHMEM_HOME            folder of NVSHMEM, if not that of its package in this Python
 NVSHMEM_...             read by NVSHMEM itself; set_nvshmem_defaults() fills in what is not set
@@ -82,11 +82,11 @@ def default_pool_bytes(device: str) -> int:
 
 
 def scaleout_transport() -> str:
-    """ "host" or "nccl"."""
+    """ "host", "nccl" or "nvshmem"."""
     name = os.environ.get("EP_KERNELS_SCALEOUT") or "auto"
-    if name not in ("auto", "host", "nccl"):
+    if name not in ("auto", "host", "nccl", "nvshmem"):
         raise EPConfigError(
-            f"environment variable EP_KERNELS_SCALEOUT={name!r} is not host, nccl or auto"
+            f"environment variable EP_KERNELS_SCALEOUT={name!r} is not host, nccl, nvshmem or auto"
         )
     return "host" if name == "auto" else name
 

@@ -1,6 +1,7 @@
 """Chunks of rows from device memory to device memory, by a library that moves groups of them.
 
-    NcclGroup    nccl_group.py: NCCL
+    NcclGroup      nccl_group.py: NCCL
+    NvshmemGroup   nvshmem_group.py: NVSHMEM
 
 The chunks of a step, of all peers and both directions, are one group: it is over when every peer of
 the step has started its own. Each rank tells those peers over the lane when it has, and the host

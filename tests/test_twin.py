@@ -164,7 +164,7 @@ def test_a_call_in_a_graph_is_refused_and_the_buffer_works_on(ranks, num_ranks):
 def on_rank_disagrees(rank):
     for of_rank, message in (
         ({1: "nccl"}, "disagree on EP_KERNELS_SCALEOUT: rank 0 has host, rank 1 has nccl"),
-        ({3: "ib"}, "rank 3: .*'ib' is not host, nccl or auto"),
+        ({3: "ib"}, "rank 3: .*'ib' is not host, nccl, nvshmem or auto"),
     ):
         with over(of_rank.get(rank, "auto")), pytest.raises(EPConfigError, match=message):
             cases.make_buffer("twin", case=CASE)

@@ -1,0 +1,86 @@
+"""Chunks by NVSHMEM without a GPU: which rings a buffer takes, and when it gives them back.
+
+On a GPU the other suites run over it:
+
+    EP_KERNELS_SCALEOUT=nvshmem scripts/with_mps.sh pytest --backend cuda_nodes tests/test_nodes.py
+"""
+
+import pytest
+
+from ep_kernels import nvshmem_group
+from ep_kernels.bootstrap import make_bootstrap
+from ep_kernels.errors import EPDeviceError, EPTimeoutError
+from ep_kernels.nvshmem_group import KeptRings, NvshmemGroup, take_rings
+
+
+def on_rank_takes(rank):
+    """Names of rings that each rank has kept, in turn."""
+    bootstrap = make_bootstrap(None)
+    made = iter(("first", "second", "third"))
+
+    def take():
+        return take_rings(bootstrap, lambda rings: rings != "small", lambda: next(made))
+
+    kept = nvshmem_group._kept
+    one = take()
+    assert one.rings == "first"
+    kept[one.name] = one
+    kept[f"of rank {rank} alone"] = KeptRings("", "other")
+    assert take() == one
+    assert one.name not in kept
+    if rank == 0:  # the other rank's have failed
+        kept[one.name] = one
+    assert take().rings == "second"
+    kept["small"] = KeptRings("small", "small")
+    assert take().rings == "third"
+    kept.clear()
+
+
+def test_a_buffer_takes_rings_that_all_ranks_have_kept(ranks):
+    ranks.run(on_rank_takes)
+
+
+class Work:
+    """An exchange: its own event, and the moment behind it."""
+
+    def __init__(self, is_over):
+        self.event, self.is_over = self, is_over
+
+    def query(self):
+        return self.is_over
+
+
+class Rings:
+    def __init__(self, error=None):
+        self.error = error
+
+    def check(self):
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    ("last", "error", "is_usable"),
+    [
+        (None, None, True),
+        (Work(True), None, True),
+        (Work(False), None, False),
+        (Work(True), EPTimeoutError("rank 1"), False),
+        (Work(True), EPDeviceError("broken"), False),
+    ],
+)
+def test_rings_are_kept_if_nothing_is_wrong_with_them(last, error, is_usable):
+    answers = []
+    group = NvshmemGroup(Rings(error), None, None, answers.append)
+    group._last = last
+    group.abort()
+    group.abort()
+    assert answers == [is_usable]
+
+
+def test_an_exchange_that_was_given_up_names_the_rank():
+    group = NvshmemGroup(Rings(EPTimeoutError("rank 1", peer=1)), None, None, print)
+    assert not group.is_over(Work(False))
+    with pytest.raises(EPTimeoutError) as raised:
+        group.is_over(Work(True))
+    assert raised.value.peer == 1
