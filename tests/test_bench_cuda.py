@@ -1,9 +1,11 @@
 """`python -m ep_kernels.bench --device cuda`: without a GPU where that is possible."""
 
+import functools
 import json
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -174,6 +176,23 @@ def make_op(**changes):
     fields = dict(op="dispatch", layout="rank_major", rows="bf16", routing="cached", num_sms=8)
     fields |= dict(by="ep_kernels", clock="events", row_bytes=4, call=lambda: None)
     return Op(**fields | changes)
+
+
+def test_a_report_does_not_keep_what_an_operation_holds():
+    rows = torch.zeros(8)
+    op = replace(make_op(), call=functools.partial(torch.clone, rows))
+    report = Report(
+        is_writer=False,
+        path=None,
+        common={},
+        counts=TWO_RANKS,
+        num_gpus=1,
+        rates=Rates(memory=10.0, link=None),
+    )
+    report.add(op, make_timing(3.0))
+    is_alive = weakref.ref(rows)
+    del op, rows
+    assert is_alive() is None
 
 
 def test_results_are_written_as_they_come(tmp_path, capsys):
