@@ -3,16 +3,21 @@
     python build_native.py            # into ep_kernels/lib/ of this checkout, as setup.py does
     python build_native.py --list     # only say what would be built
 
-Neither library links Python or torch, so one build serves every version of both:
+No library links Python or torch, so one build serves every version of both:
 
-    libep_cpu.so     csrc/{core,runtime,cpu} and the C interface: always
-    libep_cuda.so    csrc/{core,runtime,cuda} and its C interface: when nvcc and sources exist
+    libep_cpu.so      csrc/{core,runtime,cpu} and the C interface: always
+    libep_cuda.so     csrc/{core,runtime,cuda} and its C interface: when nvcc and sources exist
+    libep_nvshmem.so  csrc/nvshmem and its C interface: when NVSHMEM is found besides. It needs
+                      libnvshmem_host.so.3 of the same package when it runs
 
 Environment:
     CXX, CXXFLAGS, LDFLAGS   host compiler (g++) and flags appended to ours
     NVCC, CUDA_HOME          the CUDA compiler; otherwise nvcc is looked for on PATH
     EP_KERNELS_CUDA          0: no CUDA library; 1: fail without it; default: if possible
     EP_KERNELS_CUDA_ARCHS    such as "80;90a;100"; default: those of 80, 90, 100 that nvcc knows
+    EP_KERNELS_NVSHMEM       0: no NVSHMEM library; 1: fail without it; default: if possible
+    NVSHMEM_HOME             its folder, with include/ and lib/; otherwise that of the package
+                             nvidia-nvshmem-cu12 or -cu13 of this Python, if it is of nvcc's CUDA
     EP_KERNELS_WERROR        1: warnings are errors
     MAX_JOBS                 compile jobs at once (default: one per core)
 """
@@ -31,13 +36,14 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "ep_kernels" / "csrc"
 LIB_DIR = ROOT / "ep_kernels" / "lib"
 BUILD_DIR = ROOT / "build" / "native"
-LIBRARY_NAMES = ("libep_cpu.so", "libep_cuda.so")
+LIBRARY_NAMES = ("libep_cpu.so", "libep_cuda.so", "libep_nvshmem.so")
 
 CXX_FLAGS = [
     *("-std=c++17", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", "-pthread"),
@@ -61,6 +67,9 @@ NVCC_FLAGS = [
     *("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-pthread"),
 ]
 DEFAULT_CUDA_ARCHS = "80;90;100"
+NVSHMEM_PACKAGES = ("nvidia-nvshmem-cu12", "nvidia-nvshmem-cu13")
+NVSHMEM_HOST_LIBRARY = "libnvshmem_host.so.3"
+NVSHMEM_FILES = ("include/nvshmem.h", f"lib/{NVSHMEM_HOST_LIBRARY}", "lib/libnvshmem_device.a")
 
 
 class BuildError(Exception):
@@ -131,7 +140,8 @@ def plan_libraries() -> list[Library]:
     shared = [*_sources("core"), *_sources("runtime")]
     bindings = _sources("bindings")
     cuda_bindings = [path for path in bindings if "cuda" in path.name]
-    cpu_bindings = [path for path in bindings if path not in cuda_bindings]
+    nvshmem_bindings = [path for path in bindings if "nvshmem" in path.name]
+    cpu_bindings = [path for path in bindings if path not in [*cuda_bindings, *nvshmem_bindings]]
     libraries = []
     if shared or cpu_bindings:
         cpu_sources = [*shared, *_sources("cpu"), *cpu_bindings]
@@ -140,6 +150,10 @@ def plan_libraries() -> list[Library]:
     if _want_cuda(has_sources=bool(cuda_sources)):
         sources = [*shared, *cuda_sources, *cuda_bindings]
         libraries.append(Library("libep_cuda.so", "link_cuda", sources))
+    nvshmem_sources = _sources("nvshmem", (".cu", ".cpp"))
+    if _want_nvshmem(has_sources=bool(nvshmem_sources)):
+        sources = [*nvshmem_sources, *nvshmem_bindings]
+        libraries.append(Library("libep_nvshmem.so", "link_nvshmem", sources))
     return libraries
 
 
@@ -155,10 +169,64 @@ def find_nvcc() -> str | None:
     return next((found for name in candidates if name and (found := shutil.which(name))), None)
 
 
-def _want_cuda(*, has_sources: bool) -> bool:
-    choice = os.environ.get("EP_KERNELS_CUDA", "auto").lower()
+def find_nvshmem() -> Path | None:
+    """The folder with NVSHMEM's include/ and lib/, or None."""
+    folders = []
+    if home := os.environ.get("NVSHMEM_HOME"):
+        folders = [Path(home)]
+    elif any(_fits_nvcc(package) for package in NVSHMEM_PACKAGES):
+        package = importlib.util.find_spec("nvidia")
+        places = [] if package is None else package.submodule_search_locations or []
+        folders = [Path(place) / "nvshmem" for place in places]
+    return next((folder for folder in folders if not _missing_of_nvshmem(folder)), None)
+
+
+def _fits_nvcc(package: str) -> bool:
+    """Whether a package such as nvidia-nvshmem-cu13 is installed and of nvcc's CUDA."""
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    nvcc = find_nvcc()
+    text = "" if nvcc is None else _output(nvcc, "--version")
+    found = re.search(r"release (\d+)", text)
+    return found is not None and package.endswith(f"-cu{found[1]}")
+
+
+def _missing_of_nvshmem(folder: Path) -> list[str]:
+    return [name for name in NVSHMEM_FILES if not (folder / name).exists()]
+
+
+def _why_no_nvshmem() -> str:
+    if home := os.environ.get("NVSHMEM_HOME"):
+        return f"NVSHMEM_HOME={home!r} lacks {', '.join(_missing_of_nvshmem(Path(home)))}"
+    packages = "nvidia-nvshmem-cu13 (nvidia-nvshmem-cu12 if nvcc is of CUDA 12)"
+    return f"NVSHMEM was not found: pip install {packages}, or set NVSHMEM_HOME"
+
+
+def _want_nvshmem(*, has_sources: bool) -> bool:
+    choice = _choice("EP_KERNELS_NVSHMEM")
+    if choice != "1":
+        can_be = has_sources and find_nvcc() is not None and find_nvshmem() is not None
+        return choice != "0" and os.environ.get("EP_KERNELS_CUDA", "auto") != "0" and can_be
+    if not has_sources:
+        raise BuildError("EP_KERNELS_NVSHMEM=1, but ep_kernels/csrc/nvshmem holds no sources")
+    if find_nvcc() is None:
+        raise BuildError("EP_KERNELS_NVSHMEM=1, but nvcc was not found: set NVCC or CUDA_HOME")
+    if find_nvshmem() is None:
+        raise BuildError(f"EP_KERNELS_NVSHMEM=1, but {_why_no_nvshmem()}")
+    return True
+
+
+def _choice(name: str) -> str:
+    choice = os.environ.get(name, "auto").lower()
     if choice not in {"0", "1", "auto"}:
-        raise BuildError(f"EP_KERNELS_CUDA={choice!r} is not one of 0, 1, auto")
+        raise BuildError(f"{name}={choice!r} is not one of 0, 1, auto")
+    return choice
+
+
+def _want_cuda(*, has_sources: bool) -> bool:
+    choice = _choice("EP_KERNELS_CUDA")
     if choice == "1" and not has_sources:
         raise BuildError("EP_KERNELS_CUDA=1, but ep_kernels/csrc/cuda holds no sources")
     if choice == "1" and find_nvcc() is None:
@@ -179,7 +247,7 @@ def _sources(folder: str, suffixes: tuple[str, ...] = (".cpp",)) -> list[Path]:
 def _ninja_lines(libraries: list[Library]) -> Iterator[str]:
     """The text of build.ninja; ninja itself notices changed commands, headers and sources."""
     yield "ninja_required_version = 1.8\n"
-    for rule, command in _rules(any(library.linker == "link_cuda" for library in libraries)):
+    for rule, command in _rules({library.linker for library in libraries}):
         yield f"\nrule {rule}\n  command = {command}\n  description = {rule} $out\n"
         if not rule.startswith("link"):
             yield "  depfile = $out.d\n  deps = gcc\n"
@@ -193,8 +261,8 @@ def _ninja_lines(libraries: list[Library]) -> Iterator[str]:
         yield f"\ndefault {' '.join(library.name for library in libraries)}\n"
 
 
-def _rules(with_cuda: bool) -> Iterator[tuple[str, str]]:
-    """Pairs of rule name and command."""
+def _rules(linkers: set[str]) -> Iterator[tuple[str, str]]:
+    """Pairs of rule name and command, as far as `linkers` need them."""
     cxx = os.environ.get("CXX", "g++")
     werror = os.environ.get("EP_KERNELS_WERROR", "0") not in {"", "0"}
     flags = _join([*CXX_FLAGS, *(["-Werror"] if werror else []), f"-I{CSRC}"])
@@ -204,15 +272,23 @@ def _rules(with_cuda: bool) -> Iterator[tuple[str, str]]:
     linker_flags = ",".join([*LINK_FLAGS, EXPORTS_FILE])
     ld_flags = f"-Wl,{linker_flags} {' '.join(static_flags)} {_env_text('LDFLAGS')}"
     yield "link", f"{cxx} -shared -pthread $in {ld_flags} -lrt -ldl -o $out"
-    if with_cuda:
-        nvcc = find_nvcc()
-        gencode = _gencode(str(nvcc), os.environ.get("EP_KERNELS_CUDA_ARCHS", ""))
+    if linkers & {"link_cuda", "link_nvshmem"}:
+        nvcc = f"{find_nvcc()} -ccbin {cxx}"
+        gencode = _gencode(str(find_nvcc()), os.environ.get("EP_KERNELS_CUDA_ARCHS", ""))
         werror_flags = ["-Werror", "all-warnings"] if werror else []
         nvcc_flags = _join([*NVCC_FLAGS, *werror_flags, *gencode, f"-I{CSRC}"])
-        yield "nvcc", f"{nvcc} -ccbin {cxx} {nvcc_flags} -MMD -MF $out.d -c $in -o $out"
+        compile_flags = f"{nvcc_flags} $flags -MMD -MF $out.d -c $in -o $out"
+        yield "nvcc", f"{nvcc} {compile_flags}"
         ld_flags = f"-Xlinker {linker_flags} -Xcompiler {','.join(['-pthread', *static_flags])}"
-        link = f"{nvcc} -ccbin {cxx} -shared -cudart static"
+        link = f"{nvcc} -shared -cudart static"
         yield "link_cuda", f"{link} $in {ld_flags} -lrt -ldl -o $out"
+    if "link_nvshmem" in linkers:
+        home = find_nvshmem()
+        flags = _join(["-rdc=true", f"-isystem={home}/include"])
+        yield "nvcc_nvshmem", f"{nvcc} {compile_flags} {flags}"
+        libraries = _join([f"-L{home}/lib", "-lnvshmem_device", f"-l:{NVSHMEM_HOST_LIBRARY}"])
+        link += f" -rdc=true {_join(gencode)}"
+        yield "link_nvshmem", f"{link} $in {ld_flags} {libraries} -lrt -ldl -o $out"
 
 
 def _edges(libraries: list[Library]) -> Iterator[Edge]:
@@ -223,10 +299,16 @@ def _edges(libraries: list[Library]) -> Iterator[Edge]:
             if source in objects:
                 continue
             objects[source] = f"obj/{source.relative_to(CSRC)}.o"
-            is_cuda = source.suffix == ".cu" or "cuda" in source.relative_to(CSRC).as_posix()
             flags = next((f for end, f in SIMD_FLAGS.items() if source.name.endswith(end)), [])
-            yield Edge(objects[source], "nvcc" if is_cuda else "cxx", [str(source)], _join(flags))
+            yield Edge(objects[source], _compile_rule(source), [str(source)], _join(flags))
         yield Edge(library.name, library.linker, [objects[source] for source in library.sources])
+
+
+def _compile_rule(source: Path) -> str:
+    name = source.relative_to(CSRC).as_posix()
+    if "nvshmem" in name:
+        return "nvcc_nvshmem"
+    return "nvcc" if source.suffix == ".cu" or "cuda" in name else "cxx"
 
 
 def _static_flags(cxx: str) -> list[str]:
@@ -244,10 +326,7 @@ def _gencode(nvcc: str, archs: str) -> list[str]:
     """-gencode flags for `archs` such as "80;90a"; the default keeps what this nvcc supports."""
     wanted = [arch for arch in re.split(r"[;, ]+", archs or DEFAULT_CUDA_ARCHS) if arch]
     if not archs:
-        listing = subprocess.run(
-            [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False
-        ).stdout
-        known = set(re.findall(r"sm_(\w+)", listing))
+        known = set(re.findall(r"sm_(\w+)", _output(nvcc, "--list-gpu-code")))
         wanted = [arch for arch in wanted if not known or arch in known]
     if not wanted:
         raise BuildError(f"{nvcc} supports none of the architectures {DEFAULT_CUDA_ARCHS!r}")
@@ -284,6 +363,10 @@ def _install(libraries: list[Library], lib_dir: Path) -> list[Path]:
         shutil.copy2(source, partial)
         partial.replace(target)
     return [lib_dir / name for name in LIBRARY_NAMES if name in built]
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def _write_if_changed(path: Path, text: str) -> None:

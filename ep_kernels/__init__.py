@@ -1,9 +1,10 @@
 """Expert-parallel dispatch and combine: rows go where the experts read them, and come back summed.
 
-Buffer      symmetric memory of a group of ranks; dispatch() and combine()
-Layout      order of the rows that dispatch delivers
-Event       completion of an asynchronous call
-reference   the same functions in plain PyTorch
+Buffer           symmetric memory of a group of ranks; dispatch() and combine()
+Layout           order of the rows that dispatch delivers
+Event            completion of an asynchronous call
+remaining_ranks  who goes on when a rank was lost
+reference        the same functions in plain PyTorch
 """
 
 from ep_kernels.buffer import Buffer
@@ -17,6 +18,7 @@ from ep_kernels.ll_handle import (
     LowLatencyDispatchResult,
     LowLatencyHandle,
 )
+from ep_kernels.remaining import remaining_ranks
 from ep_kernels.topology import Topology
 from ep_kernels.version import __version__
 
@@ -38,4 +40,5 @@ __all__ = [
     "ScaleoutStats",
     "Topology",
     "__version__",
+    "remaining_ranks",
 ]

@@ -83,6 +83,10 @@ class DispatchArgs(Structure):
         ("recv_scales", c_int64),
         ("recv_topk_idx", c_int64),
         ("recv_topk_weights", c_int64),
+        ("recv_chain", c_int64),
+        ("cumulative_recv_stats", c_void_p),
+        ("wait_recv_cost_stats", c_void_p),
+        ("cumulative_stats_bytes", c_int64),
         ("sizes", Sizes),
     ]
 
@@ -99,6 +103,7 @@ class CombineArgs(Structure):
         ("stage_topk_weights", c_int32),
         ("out", c_void_p),
         ("out_topk_weights", c_void_p),
+        ("wait_recv_cost_stats", c_void_p),
         ("num_rows", c_int64),
         ("sizes", Sizes),
     ]

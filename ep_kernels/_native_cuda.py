@@ -61,7 +61,6 @@ class CallOrder(Structure):
 
 class ReceivedRows(Structure):
     _fields_ = [
-        ("row_bytes", c_int64),
         ("block", c_void_p),
         ("address", c_void_p),
         ("offset", c_int64),
@@ -69,7 +68,9 @@ class ReceivedRows(Structure):
 
 
 class Receive(Structure):
-    _fields_ = [(name, ReceivedRows) for name in ("x", "scales", "topk_idx", "topk_weights")]
+    _fields_ = [
+        (name, ReceivedRows) for name in ("x", "scales", "topk_idx", "topk_weights", "chain")
+    ]
 
 
 class FreshCounts(Structure):
@@ -96,7 +97,8 @@ _DISPATCH, _COMBINE, _ORDER = POINTER(DispatchArgs), POINTER(CombineArgs), POINT
 _SIGNATURES: Signatures = {
     "ep_cuda_abi_sizes": (None, [POINTER(c_int32)]),
     "ep_cuda_buffer_create": (c_int32, [POINTER(CudaConfig), _OUT, POINTER(c_uint8), _ERROR]),
-    "ep_cuda_buffer_attach": (c_int32, [c_void_p, c_char_p, _ERROR]),
+    "ep_cuda_buffer_attach": (c_int32, [c_void_p, c_char_p, c_uint64, _ERROR]),
+    "ep_cuda_chains_rows": (c_int32, [c_void_p]),
     "ep_cuda_buffer_destroy": (c_int32, [c_void_p, _ERROR]),
     "ep_cuda_buffer_delete": (None, [c_void_p]),
     "ep_cuda_block_allocate": (c_int32, [c_void_p, c_int64, _OUT, _OUT, POINTER(c_int64), _ERROR]),

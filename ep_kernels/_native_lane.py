@@ -18,7 +18,7 @@ from ep_kernels._native import (
     load_library,
 )
 
-OFFER_WORDS = 5  # int64 words of an Offer
+OFFER_WORDS = 6  # int64 words of an Offer
 NUM_POST_FIELDS = 10
 MAX_TEXT = 512
 
@@ -133,13 +133,13 @@ _SIGNATURES: Signatures = {
     "ep_lane_offer": (c_int32, [POINTER(DispatchArgs), c_char_p, c_void_p, _ERROR]),
     "ep_lane_begin": (c_int32, [c_void_p, POINTER(c_uint64), _ERROR]),
     "ep_lane_check_usable": (c_int32, [c_void_p, _ERROR]),
-    "ep_lane_wait_slot": (c_int32, [c_void_p, c_uint64, _ERROR]),
+    "ep_lane_wait_slot": (c_int32, [c_void_p, c_uint64, c_void_p, _ERROR]),
     "ep_lane_send_post": (c_int32, [c_void_p, c_uint64, c_int32, c_void_p, _ERROR]),
-    "ep_lane_wait_posts": (c_int32, [c_void_p, c_uint64, c_void_p, _ERROR]),
+    "ep_lane_wait_posts": (c_int32, [c_void_p, c_uint64, c_void_p, c_void_p, _ERROR]),
     "ep_lane_send_offer": (c_int32, [c_void_p, c_uint64, c_int32, c_void_p, _ERROR]),
-    "ep_lane_wait_offers": (c_int32, [c_void_p, c_uint64, c_void_p, _ERROR]),
+    "ep_lane_wait_offers": (c_int32, [c_void_p, c_uint64, c_void_p, c_void_p, _ERROR]),
     "ep_lane_done": (c_int32, [c_void_p, c_uint64, _ERROR]),
-    "ep_lane_wait_done": (c_int32, [c_void_p, c_uint64, _ERROR]),
+    "ep_lane_wait_done": (c_int32, [c_void_p, c_uint64, c_void_p, _ERROR]),
     "ep_lane_waiting_for": (c_int32, [c_void_p, c_int32, _ERROR]),
     "ep_lane_fail": (c_int32, [c_void_p, c_int32, c_int32, c_char_p, _ERROR]),
     "ep_lane_clear_routing": (c_int32, [c_void_p, POINTER(DispatchArgs), _ERROR]),

@@ -85,6 +85,13 @@ _SIGNATURES: Signatures = {
 }
 
 
+# Moments of a low-latency call on a GPU, as LlStamp in csrc/cuda/ll_group.h explains them.
+LL_STAMPS = (
+    *("begin", "posted", "placed", "agreed", "resolved", "sent"),
+    *("written", "said", "receiving", "arrived", "summed", "end"),
+)
+NUM_STAMPED = 64
+
 _STREAM = c_void_p
 _HOST_NUMBER = POINTER(c_int64)
 _CUDA_SIGNATURES: Signatures = {
@@ -109,6 +116,7 @@ _CUDA_SIGNATURES: Signatures = {
     "ep_cuda_ll_mask": (c_int32, [c_void_p, c_int32, _STREAM, _ERROR]),
     "ep_cuda_ll_unmask": (c_int32, [c_void_p, c_int32, _STREAM, _ERROR]),
     "ep_cuda_ll_query_mask": (c_int32, [c_void_p, c_void_p, _STREAM, _ERROR]),
+    "ep_cuda_ll_stamps": (c_int32, [c_void_p, c_void_p, _STREAM, _ERROR]),
     "ep_cuda_ll_is_finished": (c_int32, [c_void_p, c_int64]),
     "ep_cuda_ll_wait": (c_int32, [c_void_p, c_int64, _ERROR]),
     "ep_cuda_ll_check": (c_int32, [c_void_p, c_int64, _ERROR]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,11 +19,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CallOptions:
-    """How a call runs; see Buffer.dispatch()."""
+    """How a call runs, and what it counts; see Buffer.dispatch()."""
 
     async_op: bool
     previous_event: Event | None
     num_sms: int | None
+    cumulative_recv_stats: torch.Tensor | None = None
+    wait_recv_cost_stats: torch.Tensor | None = None
+
+    def add_tokens(self, counts: torch.Tensor) -> None:
+        """Counts those of a dispatch that is over: [L] int64, on the caller's device."""
+        if self.cumulative_recv_stats is not None:
+            self.cumulative_recv_stats.add_(counts)
+
+    def add_waits(self, waited_us: torch.Tensor) -> None:
+        """Counts those of a call, or of a part of it: [R] int64, on the CPU."""
+        if self.wait_recv_cost_stats is not None:
+            self.wait_recv_cost_stats.add_(waited_us.to(self.wait_recv_cost_stats.device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +57,8 @@ class Backend(Protocol):
     """
 
     device: torch.device
+    chains_rows: bool
+    """Whether EXPERT_MAJOR results need chain words, see `csrc/core/routing.h`."""
 
     def choose_num_sms(self, bootstrap: Bootstrap, wanted: int | None) -> int:
         """Worker threads or SMs of this rank's transfers, if it does not say which it wants.
@@ -81,11 +96,12 @@ class Backend(Protocol):
         args: DispatchArgs,
         memory: RoutingMemory,
         *,
-        formats: ReceiveFormat,
+        formats: Callable[[], ReceiveFormat],
         keep: Any,
         options: CallOptions,
     ) -> FreshDispatch:
-        """A dispatch whose memory is taken when the counts are known; fills the routing.
+        """A dispatch whose memory is taken when the counts are known; fills the routing. `formats`
+        is asked as late as possible: peers wait for what comes before.
 
         Raises EPDeviceError, on all ranks, if one of them has no memory for its rows.
         """

@@ -23,7 +23,7 @@ class Bootstrap(Protocol):
         """The values of all ranks, by rank. Collective."""
 
 
-class _TorchBootstrap:
+class TorchBootstrap:
     def __init__(self, group: Any) -> None:
         import torch.distributed as dist
 
@@ -70,7 +70,7 @@ class _SubsetBootstrap:
         EPDeviceError: the process that kept the store is gone.
     """
 
-    def __init__(self, group: _TorchBootstrap, ranks: Sequence[int], timeout_s: float) -> None:
+    def __init__(self, group: TorchBootstrap, ranks: Sequence[int], timeout_s: float) -> None:
         import torch.distributed as dist
         from torch.distributed.distributed_c10d import _get_default_store
 
@@ -80,7 +80,7 @@ class _SubsetBootstrap:
         self._base = self._store = _get_default_store()
         self.rank, self.num_ranks = ranks.index(group.rank), len(ranks)
         self._key = f"ep_kernels/{group.name}/{'-'.join(map(str, ranks))}"
-        with _reporting_lost_store():
+        with reporting_lost_store():
             self._store = dist.PrefixStore(f"{self._key}/{self._enter()}", self._base)
 
     def _enter(self) -> int:
@@ -105,7 +105,7 @@ class _SubsetBootstrap:
         """NOTE: raises EPTimeoutError naming a rank that does not come."""
         step, self._num_steps = self._num_steps, self._num_steps + 1
         keys = [f"{step}/{rank}" for rank in self._ranks]
-        with _reporting_lost_store():
+        with reporting_lost_store():
             self._store.set(keys[self.rank], pickle.dumps(value).hex())
             for rank, key in zip(self._ranks, keys, strict=True):
                 self._wait(rank, key)
@@ -135,7 +135,7 @@ class _SubsetBootstrap:
 
 
 @contextlib.contextmanager
-def _reporting_lost_store() -> Iterator[None]:
+def reporting_lost_store() -> Iterator[None]:
     import torch.distributed as dist
 
     try:
@@ -161,19 +161,31 @@ def make_bootstrap(
         EPConfigError: `group` is neither, this process is not in it, or ranks are not ranks of it.
         EPDeviceError: ranks cannot be reached.
     """
-    bootstrap = _wrap_group(group)
     if ranks is None:
-        return bootstrap
-    if not isinstance(bootstrap, _TorchBootstrap):
+        return _wrap_group(group)
+    bootstrap, members = check_ranks(group, ranks)
+    wait_s = env.default_timeout_s()
+    if isinstance(timeout_s, (int, float)) and timeout_s > 0:  # else refused with the rest
+        wait_s = timeout_s
+    return _SubsetBootstrap(bootstrap, members, wait_s)
+
+
+def check_ranks(group: Any, ranks: Sequence[int] | None) -> tuple[TorchBootstrap, list[int]]:
+    """A process group, and `ranks` of it, None for all.
+
+    Raises:
+        EPConfigError: as make_bootstrap().
+    """
+    bootstrap = _wrap_group(group)
+    if not isinstance(bootstrap, TorchBootstrap):
         raise EPConfigError(f"ranks={ranks!r} needs a torch.distributed process group")
+    if ranks is None:
+        return bootstrap, list(range(bootstrap.num_ranks))
     if sorted(set(ranks)) != list(ranks) or not set(ranks) <= set(range(bootstrap.num_ranks)):
         raise EPConfigError(
             f"ranks={ranks!r} are not ascending ranks of the group, 0 to {bootstrap.num_ranks - 1}"
         )
-    wait_s = env.default_timeout_s()
-    if isinstance(timeout_s, (int, float)) and timeout_s > 0:  # else refused with the rest
-        wait_s = timeout_s
-    return _SubsetBootstrap(bootstrap, list(ranks), wait_s)
+    return bootstrap, list(ranks)
 
 
 def _wrap_group(group: Any) -> Bootstrap:
@@ -184,4 +196,4 @@ def _wrap_group(group: Any) -> Bootstrap:
             f"group={group!r} is neither a torch.distributed process group nor an mpi4py "
             "communicator"
         )
-    return _TorchBootstrap(group)
+    return TorchBootstrap(group)

@@ -83,7 +83,7 @@ class Buffer(LowLatencyCalls):
         To go on without a rank that was lost:
         >>> except EPTimeoutError as error:
         ...     buffer.destroy()
-        ...     remaining = [rank for rank in remaining if rank != error.peer]
+        ...     remaining = remaining_ranks(error, ranks=remaining)
         ...     buffer = Buffer(ranks=remaining, num_experts=8, expert_to_rank=new_placement)
     """
 
@@ -189,6 +189,8 @@ class Buffer(LowLatencyCalls):
         async_op: bool = False,
         previous_event: Event | None = None,
         num_sms: int | None = None,
+        cumulative_recv_stats: torch.Tensor | None = None,
+        wait_recv_cost_stats: torch.Tensor | None = None,
     ) -> DispatchResult:
         """Sends each token to the ranks of its experts.
 
@@ -210,6 +212,9 @@ class Buffer(LowLatencyCalls):
                 read, before `event`.
             previous_event: the transfer starts after it.
             num_sms: worker threads for this call.
+            cumulative_recv_stats: [L] int32 or int64, tokens received are added: the choices of an
+                expert, those past the capacity too, in both layouts.
+            wait_recv_cost_stats: [R] int64, microseconds waited for each rank are added.
 
         Raises:
             EPConfigError: an argument is wrong here or on a peer, or ranks disagree.
@@ -227,7 +232,13 @@ class Buffer(LowLatencyCalls):
         calls = self._usable()
         if handle is not None and topk_idx is not None:
             calls.refuse("topk_idx is given together with handle, which has its own")
-        options = CallOptions(async_op=async_op, previous_event=previous_event, num_sms=num_sms)
+        options = CallOptions(
+            async_op=async_op,
+            previous_event=previous_event,
+            num_sms=num_sms,
+            cumulative_recv_stats=cumulative_recv_stats,
+            wait_recv_cost_stats=wait_recv_cost_stats,
+        )
         return calls.dispatch(x, topk_weights, routing=routing, options=options)
 
     def combine(
@@ -240,6 +251,7 @@ class Buffer(LowLatencyCalls):
         async_op: bool = False,
         previous_event: Event | None = None,
         num_sms: int | None = None,
+        wait_recv_cost_stats: torch.Tensor | None = None,
     ) -> CombineResult:
         """Brings the rows of a dispatch back and sums them per token, unweighted.
 
@@ -258,11 +270,17 @@ class Buffer(LowLatencyCalls):
             async_op: as in dispatch().
             previous_event: as in dispatch().
             num_sms: as in dispatch().
+            wait_recv_cost_stats: as in dispatch().
 
         Raises:
             EPConfigError, EPDeviceError, EPTimeoutError: as in dispatch().
         """
-        options = CallOptions(async_op=async_op, previous_event=previous_event, num_sms=num_sms)
+        options = CallOptions(
+            async_op=async_op,
+            previous_event=previous_event,
+            num_sms=num_sms,
+            wait_recv_cost_stats=wait_recv_cost_stats,
+        )
         return self._usable().combine(
             x, handle, topk_weights=topk_weights, bias=bias, options=options
         )

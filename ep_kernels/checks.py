@@ -1,6 +1,7 @@
 """Checks of what callers pass to dispatch and combine, the same for every backend.
 
-Symbols: T tokens, H hidden, K = num_topk, N rows after dispatch, S scales per token.
+Symbols: T tokens, H hidden, K = num_topk, N rows after dispatch, S scales per token, R ranks,
+L experts on this rank.
 Every function raises EPConfigError that names the argument and its value.
 """
 
@@ -39,6 +40,7 @@ H = TypeVar("H", bound=_Handle)
 FP8 = torch.float8_e4m3fn
 WEIGHT_DTYPES = (torch.float32, torch.float64)
 SCALE_DTYPES = (torch.float32, torch.int32)
+RECV_STATS_DTYPES = (torch.int32, torch.int64)
 ROW_ALIGNMENT_BYTES = 16
 MAX_NUM_SMS = 1024
 
@@ -178,6 +180,30 @@ def check_int(name: str, value: Any, *, low: int, high: int | None = None) -> in
         limit = f"at least {low}" if high is None else f"in [{low}, {high}]"
         raise EPConfigError(f"{name}={value} is out of range, expected {limit}")
     return value
+
+
+def check_recv_stats(stats: Any, num_local_experts: int, device: torch.device) -> None:
+    """`cumulative_recv_stats` of a dispatch in either mode: None, or [L]."""
+    if stats is not None:
+        check_tensor(
+            "cumulative_recv_stats",
+            stats,
+            dtypes=RECV_STATS_DTYPES,
+            shape=(num_local_experts,),
+            device=device,
+        )
+
+
+def check_wait_stats(stats: Any, num_ranks: int, device: torch.device) -> None:
+    """`wait_recv_cost_stats` of a call in either mode: None, or [R]."""
+    if stats is not None:
+        check_tensor(
+            "wait_recv_cost_stats",
+            stats,
+            dtypes=[torch.int64],
+            shape=(num_ranks,),
+            device=device,
+        )
 
 
 def check_biases(bias: Any, x: torch.Tensor, num_tokens: int) -> list[torch.Tensor]:

@@ -78,6 +78,7 @@ class Settings:
     staging_bytes: int
     low_latency_bytes: int
     mask_silent_ranks: bool
+    send_once: str
 
     # May differ between ranks; the kind of device may not.
     LOCAL = ("timeout_s", "num_sms", "device", "staging_bytes")
@@ -115,6 +116,7 @@ class Settings:
             ),
             low_latency_bytes=_check_low_latency_bytes(low_latency_bytes),
             mask_silent_ranks=bool(mask_silent_ranks),
+            send_once=env.send_once(),
         )
 
     @property

@@ -73,6 +73,7 @@ class CpuBackend:
     """
 
     device = torch.device("cpu")
+    chains_rows = False
 
     def __init__(self, bootstrap: Bootstrap, settings: Settings, topology: Topology) -> None:
         self._library = _native.cpu_library()
@@ -221,7 +222,7 @@ class CpuBackend:
         args: DispatchArgs,
         memory: RoutingMemory,
         *,
-        formats: ReceiveFormat,
+        formats: Callable[[], ReceiveFormat],
         keep: Any,
         options: CallOptions,
     ) -> FreshDispatch:
@@ -229,7 +230,7 @@ class CpuBackend:
         seq, host = self.notify(args, memory, options=options)
         received, error = None, ""
         try:
-            received = reserve_rows(self.reserve, formats, host.num_rows)
+            received = reserve_rows(self.reserve, formats(), host.num_rows)
             point_to(args, received)
         except EPDeviceError as problem:  # every rank has to learn of it
             error = str(problem)

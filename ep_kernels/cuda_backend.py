@@ -31,7 +31,12 @@ from ep_kernels.event import Event
 from ep_kernels.handle import HostCounts, RoutingMemory
 from ep_kernels.lanes import ScaleoutStats
 from ep_kernels.num_sms import measure_num_sms
-from ep_kernels.pool import Received, ReceiveFormat, Reservation
+from ep_kernels.pool import Received, ReceiveFormat, Reservation, RowFormat
+
+
+def _device_id(device: torch.device) -> str:
+    """The same for all processes that use the device."""
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 class _Block:
@@ -105,7 +110,8 @@ class CudaBackend:
             self._create(bootstrap, settings, handle)
         except EPError as error:
             problem = error
-        self._attach(bootstrap, bytes(handle), problem)
+        self._attach(bootstrap, bytes(handle), settings.send_once, problem)
+        self.chains_rows = bool(self._library.ep_cuda_chains_rows(self._buffer))
         block, address, offset = self.allocate_block(1)  # any block tells where the pool begins
         self._pool_base = address - offset
         del block
@@ -131,15 +137,24 @@ class CudaBackend:
         )
         self._buffer = out.value
 
-    def _attach(self, bootstrap: Bootstrap, handle: bytes, problem: EPError | None) -> None:
+    def _attach(
+        self, bootstrap: Bootstrap, handle: bytes, send_once: str, problem: EPError | None
+    ) -> None:
         """Maps the peers' memory; fails on all ranks if it fails on one."""
-        peers = bootstrap.all_gather((handle, str(problem or "")))
+        own_id = _device_id(self.device)
+        peers = bootstrap.all_gather((handle, own_id, str(problem or "")))
+        is_remote = {"remote": lambda other: other != own_id, "all": bool, "none": lambda _: False}
+        remote_ranks = sum(
+            is_remote[send_once](device) << rank
+            for rank, (_, device, _) in enumerate(peers)
+            if rank != bootstrap.rank
+        )
         try:
-            for rank, (_, message) in enumerate(peers):
+            for rank, (_, _, message) in enumerate(peers):
                 if message:
                     raise EPDeviceError(f"rank {rank} has no device memory: {message}")
             handles = b"".join(peer[0] for peer in peers)
-            _native.call(self._library.ep_cuda_buffer_attach, self._buffer, handles)
+            _native.call(self._library.ep_cuda_buffer_attach, self._buffer, handles, remote_ranks)
         except EPError as error:
             problem = error
         for rank, message in enumerate(bootstrap.all_gather(str(problem or ""))):
@@ -193,6 +208,22 @@ class CudaBackend:
         if num_bytes == 0:
             return self._empty(shape, dtype)
         return self._reservation(*self.allocate_block(num_bytes), shape, dtype)
+
+    def _adopt_rows(
+        self, receive: _native_cuda.Receive, formats: ReceiveFormat, num_rows: int
+    ) -> Received:
+        """Memory that the core has taken for what a dispatch fills."""
+
+        def rows_if(rows: _native_cuda.ReceivedRows, of: RowFormat | None) -> Reservation | None:
+            return None if of is None else self._adopt(rows, (num_rows, *of.shape), of.dtype)
+
+        return Received(
+            x=self._adopt(receive.x, (num_rows, *formats.x.shape), formats.x.dtype),
+            scales=rows_if(receive.scales, formats.scales),
+            topk_idx=rows_if(receive.topk_idx, formats.topk_idx),
+            topk_weights=rows_if(receive.topk_weights, formats.topk_weights),
+            chain=rows_if(receive.chain, formats.chain),
+        )
 
     def _adopt(
         self, rows: _native_cuda.ReceivedRows, shape: tuple[int, ...], dtype: torch.dtype
@@ -253,7 +284,7 @@ class CudaBackend:
     def choose_num_sms(self, bootstrap: Bootstrap, wanted: int | None) -> int:
         """SMs of this rank's transfers: those wanted, or the same on all ranks, as measured."""
         properties = torch.cuda.get_device_properties(self.device)
-        own_id = str(properties.uuid)
+        own_id = _device_id(self.device)
         ranks = bootstrap.all_gather((own_id, wanted))
         num_sharing = sum(device == own_id for device, _ in ranks)
         self.max_num_sms = max(1, properties.multi_processor_count // num_sharing)
@@ -323,21 +354,18 @@ class CudaBackend:
         args: DispatchArgs,
         memory: RoutingMemory,
         *,
-        formats: ReceiveFormat,
+        formats: Callable[[], ReceiveFormat],
         keep: Any,
         options: CallOptions,
     ) -> FreshDispatch:
         """Exchanges counts and fills the routing; the host waits for the sizes, takes the memory
         and has the rows sent."""
-        wanted = (formats.x, formats.scales, formats.topk_idx, formats.topk_weights)
         receive, number = _native_cuda.Receive(), ctypes.c_int64()
-        rows = (receive.x, receive.scales, receive.topk_idx, receive.topk_weights)
-        for of, one in zip(wanted, rows):
-            one.row_bytes = -1 if of is None else of.num_bytes
-        counts = torch.empty(self._num_local_experts, dtype=torch.int64)
-        offsets = torch.empty(self._num_local_experts + 1, dtype=torch.int64)
+        num_local = self._num_local_experts
+        counts = torch.empty(2 * num_local + 1, dtype=torch.int64)
+        address = counts.data_ptr()
         fresh = _native_cuda.FreshCounts(
-            num_recv_tokens_per_expert=counts.data_ptr(), expert_offsets=offsets.data_ptr()
+            num_recv_tokens_per_expert=address, expert_offsets=address + 8 * num_local
         )
         _native.call(
             self._library.ep_cuda_dispatch_fresh,
@@ -348,14 +376,12 @@ class CudaBackend:
             ctypes.byref(fresh),
             ctypes.byref(number),
         )
-        x, *others = (
-            None if of is None else self._adopt(one, (fresh.num_rows, *of.shape), of.dtype)
-            for of, one in zip(wanted, rows)
-        )
-        assert x is not None
-        received = Received(x=x, scales=others[0], topk_idx=others[1], topk_weights=others[2])
+        # From here on the device is at work, and the host has time.
+        received = self._adopt_rows(receive, formats(), fresh.num_rows)
         host = HostCounts(
-            num_rows=fresh.num_rows, num_recv_tokens_per_expert=counts, expert_offsets=offsets
+            num_rows=fresh.num_rows,
+            num_recv_tokens_per_expert=counts[:num_local],
+            expert_offsets=counts[num_local:],
         )
         event = self._event(number.value, (keep, received))
         return FreshDispatch(seq=number.value, host=host, received=received, event=event)

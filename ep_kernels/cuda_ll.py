@@ -14,6 +14,8 @@ import torch
 
 from ep_kernels import _native, env
 from ep_kernels._native_ll import (
+    LL_STAMPS,
+    NUM_STAMPED,
     RECEIVE_ASYNC,
     RECEIVE_LATER,
     LlCombineArgs,
@@ -135,6 +137,15 @@ class CudaLowLatency:
             self._library.ep_cuda_ll_query_mask, self._core(), mask.data_ptr(), self._stream()
         )
         return mask
+
+    def stamps(self) -> torch.Tensor:
+        """[NUM_STAMPED, len(LL_STAMPS)] int64 nanoseconds of the device's clock: when the calls of
+        late came to each of LL_STAMPS; call number n, replays counted, is in row n modulo the
+        rows. 0: never. Waits on the host.
+        """
+        out = torch.zeros((NUM_STAMPED, len(LL_STAMPS)), dtype=torch.int64)
+        _native.call(self._library.ep_cuda_ll_stamps, self._core(), out.data_ptr(), self._stream())
+        return out
 
     # Calls under way
 

@@ -22,12 +22,11 @@ from pathlib import Path
 
 import torch
 
-from ep_kernels import _native, _native_cuda
+from ep_kernels import _native, _native_cuda, _native_nvshmem
 from ep_kernels.errors import EPError
 from ep_kernels.version import __version__
 
 PACKAGE_DIR = Path(__file__).resolve().parent
-NVSHMEM_LIBRARY = PACKAGE_DIR / "lib" / "libep_nvshmem.so"
 
 OK, NOTE, MISSING = "ok", "note", "missing"
 OPTIONAL_PACKAGES = {
@@ -94,10 +93,7 @@ def versions() -> Iterator[Finding]:
 def compiled_parts() -> Iterator[Finding]:
     yield _cpu_core()
     yield _cuda_core()
-    if NVSHMEM_LIBRARY.exists():
-        yield Finding(status=OK, name="NVSHMEM part", text=str(NVSHMEM_LIBRARY))
-    else:
-        yield Finding(status=NOTE, name="NVSHMEM part", text="not part of this version")
+    yield _nvshmem_part()
 
 
 def shared_memory() -> Iterator[Finding]:
@@ -205,6 +201,26 @@ def _cuda_core() -> Finding:
         "this torch is built without CUDA" if torch.version.cuda is None else "no GPU is usable"
     )
     return Finding(status=NOTE, name=name, text=f"{text}, but {reason}")
+
+
+def _nvshmem_part() -> Finding:
+    """Loads it, and NVSHMEM; does not begin NVSHMEM, which ends a process without a GPU."""
+    name, library = "NVSHMEM part", _native_nvshmem.NVSHMEM_LIBRARY
+    if not library.exists():
+        hint = (
+            f"for exchanges between nodes begun by GPUs: pip install {_native_nvshmem.PACKAGES}, "
+            "then EP_KERNELS_NVSHMEM=1 pip install -e . in the sources"
+        )
+        return Finding(status=NOTE, name=name, text="not built", hint=hint)
+    try:
+        version = _native_nvshmem.nvshmem_version()
+    except (EPError, OSError) as error:
+        hint = f"pip install {_native_nvshmem.PACKAGES}, or set NVSHMEM_HOME"
+        return Finding(status=MISSING, name=name, text=str(error), hint=hint)
+    text = f"{library}, NVSHMEM {version}"
+    if torch.cuda.is_available():
+        return Finding(status=OK, name=name, text=text)
+    return Finding(status=NOTE, name=name, text=f"{text}, but no GPU is usable")
 
 
 def _memory_file() -> Finding:

@@ -5,9 +5,13 @@ EP_KERNELS_TIMEOUT_S    default of `Buffer(timeout_s=)`, seconds
 EP_KERNELS_NUM_THREADS  default of `Buffer(num_sms=)` on the CPU backend
 EP_KERNELS_NUM_SMS      the same on a GPU
 EP_KERNELS_POOL_BYTES   default of `Buffer(pool_bytes=)`
+EP_KERNELS_SEND_ONCE    remote (default), all or none: the peers to which a GPU sends a row of an
+                        EXPERT_MAJOR dispatch once, to be copied there for the other experts
 EP_KERNELS_SCALEOUT     how rows of GPUs reach other nodes: "host" (through host memory), "nccl" or
                         "auto", the default, which is host
 EP_KERNELS_SIMD         scalar, avx2 or avx512: a slower path of the CPU core (read by the core)
+NVSHMEM_HOME            folder of NVSHMEM, if not that of its package in this Python
+NVSHMEM_...             read by NVSHMEM itself; set_nvshmem_defaults() fills in what is not set
 
 What torchrun, Open MPI and SLURM say about the launch is read, too: ranks of a node.
 """
@@ -50,6 +54,16 @@ def num_sms() -> int | None:
     return int(_number("EP_KERNELS_NUM_SMS", 1)) if os.environ.get("EP_KERNELS_NUM_SMS") else None
 
 
+def send_once() -> str:
+    """Peers to which a row for several experts crosses once: on other GPUs (remote), all, none."""
+    choice = os.environ.get("EP_KERNELS_SEND_ONCE") or "remote"
+    if choice not in ("remote", "all", "none"):
+        raise EPConfigError(
+            f"environment variable EP_KERNELS_SEND_ONCE={choice!r} is not remote, all or none"
+        )
+    return choice
+
+
 def default_num_threads(num_local_ranks: int) -> int:
     """Worker threads per rank: the usable cores, shared by a node's ranks."""
     cores = len(os.sched_getaffinity(0))
@@ -85,3 +99,19 @@ def launched_local_ranks(num_ranks: int) -> tuple[str, int] | None:
             if first:
                 return local_name, int(first[0])
     return None
+
+
+def nvshmem_home() -> str | None:
+    """The folder with NVSHMEM's lib/, if it was named."""
+    return os.environ.get("NVSHMEM_HOME") or None
+
+
+def set_nvshmem_defaults(heap_bytes: int) -> None:
+    """Settings of NVSHMEM for a symmetric heap of `heap_bytes`, where the user has none.
+
+    Multicast over NVLink stays off: the groups of a switch are few, and rings have no use for them.
+    """
+    granularity = min(1 << 29, 1 << max(21, (heap_bytes - 1).bit_length()))
+    os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
+    os.environ.setdefault("NVSHMEM_SYMMETRIC_SIZE", str(heap_bytes))
+    os.environ.setdefault("NVSHMEM_CUMEM_GRANULARITY", str(granularity))

@@ -14,6 +14,7 @@ How calls run is in node_calls.py.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +74,7 @@ class HierarchicalBackend(NodeCalls):
         args: DispatchArgs,
         memory: RoutingMemory,
         *,
-        formats: ReceiveFormat,
+        formats: Callable[[], ReceiveFormat],
         keep: Any,
         options: CallOptions,
     ) -> FreshDispatch:
@@ -84,7 +85,7 @@ class HierarchicalBackend(NodeCalls):
         entry = self._routes.add(seq, memory)
 
         def notify() -> None:
-            with self._call(seq):
+            with self._call(seq, caller, options):
                 self._rows.begin(caller)
                 self._announce_plan(seq, plan, memory, entry)
 
@@ -92,18 +93,19 @@ class HierarchicalBackend(NodeCalls):
         host = HostCounts.of(plan.memory)
         received, error = None, ""
         try:
-            received = reserve_rows(self.reserve, formats, host.num_rows)
+            received = reserve_rows(self.reserve, formats(), host.num_rows)
             point_to(args, received)
         except EPDeviceError as problem:  # every rank has to learn of it
             error = str(problem)
 
         def send() -> None:
-            with self._call(seq):
+            with self._call(seq, caller, options):
                 self._rows.begin(caller)
                 self._rows.finish()  # peers write to the memory that is offered
                 offers, no_memory = self._usable.exchange_offers(seq, args, error)
                 if no_memory is None:
                     self._move_chunks(seq, DispatchLeg(self._rows.step, args, entry, offers))
+                    self._count_tokens(caller, options, memory)
                 else:
                     self._usable.step("done", seq)
             entry.choices.clear()
@@ -129,7 +131,7 @@ class HierarchicalBackend(NodeCalls):
         entry = known or self._routes.add(seq, memory)
 
         def body() -> None:
-            with self._call(seq):
+            with self._call(seq, caller, options):
                 self._rows.begin(caller)
                 self._rows.finish()
                 if plan is not None:
@@ -137,6 +139,7 @@ class HierarchicalBackend(NodeCalls):
                 else:
                     offers = self._usable.announce(seq, post).offers
                 self._move_chunks(seq, DispatchLeg(self._rows.step, args, entry, offers))
+                self._count_tokens(caller, options, memory)
             entry.choices.clear()
 
         return seq, self._start(body, caller, keep, options)
@@ -151,9 +154,9 @@ class HierarchicalBackend(NodeCalls):
         seq = self._usable.begin()
 
         def body() -> None:
-            with self._call(seq):
+            with self._call(seq, caller, options):
                 self._rows.begin(caller)
-                self._usable.step("wait_slot", seq)
+                self._usable.wait_slot(seq)
                 self._rows.step("stage_rows", ctypes.byref(args))
                 self._rows.finish()
                 offers = self._usable.announce(seq, post).offers
@@ -205,6 +208,10 @@ class HierarchicalBackend(NodeCalls):
         made = self._route_exchange.make_routes(seq, plan.args, own, posts)
         entry.routes, entry.choices = made.routes, made.choices
         return announced.offers
+
+    def _count_tokens(self, caller: Caller, options: CallOptions, memory: RoutingMemory) -> None:
+        with caller.as_current():
+            options.add_tokens(memory.num_recv_tokens_per_expert)
 
     def _move_chunks(self, seq: int, leg: Leg) -> None:
         assert self._transport is not None

@@ -6,6 +6,7 @@ Symbols as in buffer.py.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,13 +51,19 @@ class NewRouting:
     capacity: int | None
 
 
+_Stats = tuple[torch.Tensor | None, torch.Tensor | None]
+"""cumulative_recv_stats and wait_recv_cost_stats of a call."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Inputs:
-    """What the transfer reads, kept until it has: after an asynchronous call only we have it."""
+    """What the call reads and the statistics that it adds to, kept until it is through: after an
+    asynchronous call only we have it."""
 
     rows: checks.Rows
     weights: torch.Tensor | None
     topk_idx: torch.Tensor | None
+    stats: _Stats
 
 
 class HighThroughput:
@@ -108,18 +115,25 @@ class HighThroughput:
                 rows=rows,
                 weights=self._check_weights(topk_weights, (handle.num_tokens, handle.num_topk)),
                 topk_idx=routing.topk_idx if isinstance(routing, NewRouting) else None,
+                stats=self._check_stats(options),
             )
+            recv_stats, wait_stats = inputs.stats
             args = DispatchArgs(
                 x=rows.x.data_ptr(),
                 scales=address(rows.scales),
                 topk_weights=address(inputs.weights),
                 routing=Routing(topk_idx=address(inputs.topk_idx), **handle.memory.addresses()),
+                cumulative_recv_stats=address(recv_stats),
+                wait_recv_cost_stats=address(wait_stats),
+                cumulative_stats_bytes=0 if recv_stats is None else recv_stats.element_size(),
                 sizes=self._sizes(rows, handle, inputs.weights, options.num_sms),
             )
-            formats = _formats(inputs, handle)
+            formats = functools.partial(
+                _formats, inputs, handle, chains_rows=self._backend.chains_rows
+            )
             received = None
             if handle.num_rows >= 0:
-                received = reserve_rows(self._backend.reserve, formats, handle.num_rows)
+                received = reserve_rows(self._backend.reserve, formats(), handle.num_rows)
                 point_to(args, received)
         keep = (inputs, handle, received)
         if received is None:
@@ -151,6 +165,7 @@ class HighThroughput:
             if rows.x.dtype == checks.FP8:
                 raise EPConfigError(f"x has dtype {rows.x.dtype}, whose rows cannot be summed")
             biases = checks.check_biases(bias, rows.x, handle.num_tokens)
+            _, wait_stats = self._check_stats(options)
             by_rank = handle.layout is Layout.RANK_MAJOR
             weights = self._check_weights(
                 topk_weights, (handle.num_rows, *([handle.num_topk] if by_rank else []))
@@ -159,6 +174,7 @@ class HighThroughput:
                 x=rows.x.data_ptr(),
                 topk_weights=address(weights),
                 routing=Routing(**handle.memory.addresses()),
+                wait_recv_cost_stats=address(wait_stats),
                 num_rows=handle.num_rows,
                 sizes=self._sizes(rows, handle, weights, options.num_sms),
             )
@@ -174,7 +190,8 @@ class HighThroughput:
             )
         args.out = out.address
         args.out_topk_weights = 0 if out_weights is None else out_weights.address
-        keep = (rows, weights, biases, handle, staged_x, staged_weights, out, out_weights)
+        inputs = (rows, weights, biases, handle, staged_x, staged_weights, wait_stats)
+        keep = (inputs, out, out_weights)
         event = self._backend.combine(args, handle.memory, keep=keep, options=options)
         return CombineResult(x=out.tensor(), topk_weights=tensor_of(out_weights), event=event)
 
@@ -210,6 +227,12 @@ class HighThroughput:
             shape=shape,
             device=self._backend.device,
         )
+
+    def _check_stats(self, options: CallOptions) -> _Stats:
+        recv, wait = options.cumulative_recv_stats, options.wait_recv_cost_stats
+        checks.check_recv_stats(recv, self._num_local_experts, self._backend.device)
+        checks.check_wait_stats(wait, self._num_ranks, self._backend.device)
+        return recv, wait
 
     def _check_handle(self, handle: Any) -> DispatchHandle:
         return checks.check_handle(handle, DispatchHandle, self._identity)
@@ -309,7 +332,7 @@ class HighThroughput:
         return staging.offset, 1, staging
 
 
-def _formats(inputs: _Inputs, handle: DispatchHandle) -> ReceiveFormat:
+def _formats(inputs: _Inputs, handle: DispatchHandle, *, chains_rows: bool) -> ReceiveFormat:
     """What a dispatch fills: choices only if they are new, scales and weights if they are sent."""
     rows, weights = inputs.rows, inputs.weights
     by_rank = handle.layout is Layout.RANK_MAJOR
@@ -322,6 +345,7 @@ def _formats(inputs: _Inputs, handle: DispatchHandle) -> ReceiveFormat:
         if by_rank and handle.seq < 0
         else None,
         topk_weights=None if weights is None else RowFormat(shape=choices, dtype=weights.dtype),
+        chain=RowFormat(shape=(), dtype=torch.int32) if chains_rows and not by_rank else None,
     )
 
 

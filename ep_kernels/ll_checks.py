@@ -54,15 +54,8 @@ def check_dispatch(x: Any, topk_idx: Any, request: LowLatencyRequest, group: Gro
         )
     most = request.num_max_tokens_per_rank
     checks.check_int("num_max_tokens_per_rank", most, low=1, high=MAX_TOKENS)
-    if request.cumulative_recv_stats is not None:
-        checks.check_tensor(
-            "cumulative_recv_stats",
-            request.cumulative_recv_stats,
-            dtypes=[torch.int32, torch.int64],
-            shape=(group.num_local_experts,),
-            device=group.device,
-        )
-    _check_wait_stats(request.wait_recv_cost_stats, group)
+    checks.check_recv_stats(request.cumulative_recv_stats, group.num_local_experts, group.device)
+    checks.check_wait_stats(request.wait_recv_cost_stats, group.num_ranks, group.device)
 
 
 def check_combine(
@@ -103,18 +96,7 @@ def check_combine(
     if request.out is not None:
         out_shape = (handle.num_tokens, handle.hidden)
         checks.check_tensor("out", request.out, dtypes=bf16, shape=out_shape, device=group.device)
-    _check_wait_stats(request.wait_recv_cost_stats, group)
-
-
-def _check_wait_stats(stats: Any, group: GroupSizes) -> None:
-    if stats is not None:
-        checks.check_tensor(
-            "wait_recv_cost_stats",
-            stats,
-            dtypes=[torch.int64],
-            shape=(group.num_ranks,),
-            device=group.device,
-        )
+    checks.check_wait_stats(request.wait_recv_cost_stats, group.num_ranks, group.device)
 
 
 def receive_mode(request: LowLatencyRequest | LowLatencyCombineRequest) -> int:

@@ -42,6 +42,8 @@ class NodeCalls:
         EPConfigError, EPDeviceError: other nodes cannot be reached; on all ranks.
     """
 
+    chains_rows = False
+
     _control: NodeControl | None = None
     _transport: Transport | None = None
 
@@ -154,13 +156,19 @@ class NodeCalls:
         return self._rows.caller(options)
 
     @contextlib.contextmanager
-    def _call(self, seq: int) -> Iterator[None]:
+    def _call(
+        self, seq: int, caller: Caller | None = None, options: CallOptions | None = None
+    ) -> Iterator[None]:
         """Tells the peers that this rank is through with a call that all of them refuse, or whom it
         lost, or that it failed itself: then they need not wait for what it still owed them."""
         self._usable.step("check_usable")
+        self._usable.waited_us.zero_()
         rank = self._topology.rank
         try:
             yield
+            if caller is not None and options is not None:
+                with caller.as_current():
+                    options.add_waits(self._usable.waited_us)
         except EPTimeoutError as error:
             phases = {name: number for number, name in _native.PHASES.items()}
             culprit = rank if error.peer is None else error.peer

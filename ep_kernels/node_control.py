@@ -6,6 +6,7 @@ whose messages each rank hands on to its node as the proxy of their senders.
 from __future__ import annotations
 
 import ctypes
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,7 @@ class NodeControl:
     Attributes:
         core: the memory that the ranks of the node share.
         lane: to the other nodes.
+        waited_us: [R] int64, for each rank in the call under way.
 
     Raises:
         EPConfigError, EPDeviceError: as make_lane().
@@ -53,11 +55,17 @@ class NodeControl:
     ) -> None:
         self.core, self._topology = core, topology
         self.functions = lane_library()
+        self.waited_us = torch.zeros(topology.num_ranks, dtype=torch.int64)
+        self._wait = -1, 0  # the rank of another node that this one waits for, and since when
+        self.lane: Lane = make_lane(bootstrap, topology, timeout_s, self._waiting_for)
 
-        def waiting_for(rank: int) -> None:
-            self.step("waiting_for", rank)
-
-        self.lane: Lane = make_lane(bootstrap, topology, timeout_s, waiting_for)
+    def _waiting_for(self, rank: int) -> None:
+        self.step("waiting_for", rank)
+        now_ns = time.monotonic_ns()
+        if rank < 0:
+            awaited, begin_ns = self._wait
+            self.waited_us[awaited] += (now_ns - begin_ns) // 1000
+        self._wait = rank, now_ns
 
     def step(self, name: str, *arguments: Any) -> None:
         """Calls ep_lane_<name>(buffer, ...) of the host."""
@@ -69,10 +77,14 @@ class NodeControl:
         self.step("begin", ctypes.byref(seq))
         return seq.value
 
+    def wait_slot(self, seq: int) -> None:
+        """Until the node is through with the call whose words this one takes."""
+        self.step("wait_slot", seq, self.waited_us.data_ptr())
+
     def finish(self, seq: int) -> None:
         """This rank is through with a call; waits until the node is."""
         self.step("done", seq)
-        self.step("wait_done", seq)
+        self.step("wait_done", seq, self.waited_us.data_ptr())
 
     def make_post(self, kind: str, *arguments: Any) -> torch.Tensor:
         """The post that ep_lane_<kind>(buffer, ..., post) makes. Raises EPConfigError."""
@@ -83,10 +95,10 @@ class NodeControl:
 
     def announce(self, seq: int, post: torch.Tensor) -> Announced:
         """Posts to all ranks and waits for theirs. Raises EPConfigError, EPTimeoutError."""
-        self.step("wait_slot", seq)
+        self.wait_slot(seq)
         offers = self._new_offers()
         posts = self._relay(seq, post, Message(seq=seq, kind=POST, phase=POST_PHASE))
-        self.step("wait_posts", seq, offers.data_ptr())
+        self.step("wait_posts", seq, offers.data_ptr(), self.waited_us.data_ptr())
         return Announced(offers, posts)
 
     def exchange_offers(
@@ -99,7 +111,7 @@ class NodeControl:
         offers = self._new_offers()
         self._relay(seq, offer, Message(seq=seq, kind=OFFER, phase=OFFER_PHASE))
         try:
-            self.step("wait_offers", seq, offers.data_ptr())
+            self.step("wait_offers", seq, offers.data_ptr(), self.waited_us.data_ptr())
         except EPDeviceError as no_memory:
             return offers, no_memory.with_traceback(None)
         return offers, None

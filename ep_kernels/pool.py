@@ -50,12 +50,15 @@ class RowFormat:
 
 @dataclass(frozen=True, kw_only=True)
 class ReceiveFormat:
-    """What a dispatch is going to fill; None where there is no such result."""
+    """What a dispatch is going to fill; None where there is no such result. chain: words for the
+    call alone, of rows of which several are sent as one (`csrc/core/routing.h`).
+    """
 
     x: RowFormat
     scales: RowFormat | None
     topk_idx: RowFormat | None
     topk_weights: RowFormat | None
+    chain: RowFormat | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,7 @@ class Received:
     scales: Reservation | None
     topk_idx: Reservation | None
     topk_weights: Reservation | None
+    chain: Reservation | None
 
 
 def reserve_rows(
@@ -86,6 +90,7 @@ def reserve_rows(
         scales=rows_if(formats.scales),
         topk_idx=rows_if(formats.topk_idx),
         topk_weights=rows_if(formats.topk_weights),
+        chain=rows_if(formats.chain),
     )
 
 
@@ -95,6 +100,7 @@ def point_to(args: DispatchArgs, received: Received) -> None:
     args.recv_scales = _offset(received.scales)
     args.recv_topk_idx = _offset(received.topk_idx)
     args.recv_topk_weights = _offset(received.topk_weights)
+    args.recv_chain = _offset(received.chain)
 
 
 def _offset(memory: Reservation | None) -> int:

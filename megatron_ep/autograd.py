@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ep_kernels import CombineResult, DispatchResult
+from megatron_ep.fp8_rows import quantise, received_rows
 
 
 class DispatchFunction(torch.autograd.Function):
@@ -33,12 +34,17 @@ class DispatchFunction(torch.autograd.Function):
         topk_idx: torch.Tensor | None,
         buffer: Any,
         options: dict[str, Any],
+        kept: DispatchResult | None = None,
+        fp8: bool = False,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, DispatchResult]:
         """Returns recv_x, recv_topk_weights and the whole result."""
-        result: DispatchResult = buffer.dispatch(x, topk_idx, topk_weights, **options)
+        result = kept
+        if result is None:
+            rows = quantise(x) if fp8 else x
+            result = buffer.dispatch(rows, topk_idx, topk_weights, **options)
         ctx.buffer, ctx.handle = buffer, result.handle
         ctx.num_sms = options.get("num_sms")
-        return _alias(result.recv_x), _alias(result.recv_topk_weights), result
+        return received_rows(result, x.dtype), _alias(result.recv_topk_weights), result
 
     @staticmethod
     def backward(
@@ -51,7 +57,7 @@ class DispatchFunction(torch.autograd.Function):
             ctx.handle,
             {"num_sms": ctx.num_sms},
         )
-        return grad_x, grad_weights, None, None, None
+        return grad_x, grad_weights, None, None, None, None, None
 
 
 class CombineFunction(torch.autograd.Function):
@@ -65,11 +71,12 @@ class CombineFunction(torch.autograd.Function):
         buffer: Any,
         handle: Any,
         options: dict[str, Any],
+        kept: CombineResult | None = None,
         *biases: torch.Tensor,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, CombineResult]:
         """Returns the combined x, the combined topk_weights and the whole result."""
         bias = biases[0] if len(biases) == 1 else biases or None
-        result: CombineResult = buffer.combine(
+        result: CombineResult = kept or buffer.combine(
             x, handle, topk_weights=topk_weights, bias=bias, **options
         )
         ctx.buffer, ctx.handle, ctx.num_biases = buffer, handle, len(biases)
@@ -87,7 +94,7 @@ class CombineFunction(torch.autograd.Function):
             ctx.buffer,
             {"handle": ctx.handle, "num_sms": ctx.num_sms},
         )
-        return grad_rows, grad_row_weights, None, None, None, *[grad_x] * ctx.num_biases
+        return grad_rows, grad_row_weights, None, None, None, None, *[grad_x] * ctx.num_biases
 
 
 def dispatch(
@@ -95,6 +102,10 @@ def dispatch(
     x: torch.Tensor,
     topk_idx: torch.Tensor | None,
     topk_weights: torch.Tensor | None = None,
+    *,
+    fp8: bool = False,
+    kept: DispatchResult | None = None,
+    delivered: list[DispatchResult] | None = None,
     **options: Any,
 ) -> DispatchResult:
     """Buffer.dispatch with gradients for x and topk_weights.
@@ -107,6 +118,11 @@ def dispatch(
         x: [T, H] float64, float32, float16 or bfloat16.
         topk_idx: [T, K] int64, -1 chooses none; None with a handle among the options.
         topk_weights: [T, K] float32 or float64, or None.
+        fp8: rows travel as fp8 and are dequantised on arrival, for which the current stream waits
+            for them; their gradients travel in the dtype of x.
+        kept: what the same dispatch delivered before, to be had again without communication. The
+            backward communicates.
+        delivered: is given what Buffer.dispatch gave, to be kept.
         **options: those of Buffer.dispatch except `capacity`: gradients of rows that a capacity
             leaves unfilled would be undefined.
 
@@ -126,8 +142,12 @@ def dispatch(
         raise TypeError(f"x is a {type(x).__name__}: only a tensor of rows has a gradient")
     if options.get("capacity") is not None:
         raise TypeError(f"capacity={options['capacity']} is not supported with gradients")
-    recv_x, weights, result = DispatchFunction.apply(x, topk_weights, topk_idx, buffer, options)
-    return replace(result, recv_x=recv_x, recv_topk_weights=weights)
+    recv_x, weights, result = DispatchFunction.apply(
+        x, topk_weights, topk_idx, buffer, options, kept, fp8
+    )
+    if delivered is not None:
+        delivered.append(result)
+    return replace(result, recv_x=recv_x, recv_scales=None, recv_topk_weights=weights)
 
 
 def combine(
@@ -137,6 +157,7 @@ def combine(
     *,
     topk_weights: torch.Tensor | None = None,
     bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+    kept: CombineResult | None = None,
     **options: Any,
 ) -> CombineResult:
     """Buffer.combine with gradients for x, topk_weights and bias.
@@ -147,6 +168,7 @@ def combine(
         handle: of that dispatch.
         topk_weights: RANK_MAJOR [N, K], EXPERT_MAJOR [N], or None.
         bias: [T, H] or a pair of them, added to the sum, or None.
+        kept: as of dispatch().
         **options: the other options of Buffer.combine.
 
     Returns:
@@ -156,7 +178,9 @@ def combine(
         EPError: see Buffer.combine.
     """
     biases = () if bias is None else (bias,) if isinstance(bias, torch.Tensor) else tuple(bias)
-    y, weights, result = CombineFunction.apply(x, topk_weights, buffer, handle, options, *biases)
+    y, weights, result = CombineFunction.apply(
+        x, topk_weights, buffer, handle, options, kept, *biases
+    )
     return replace(result, x=y, topk_weights=weights)
 
 

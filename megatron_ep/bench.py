@@ -3,9 +3,13 @@
     torchrun --standalone --nproc-per-node 2 -m megatron_ep.bench
 
 All layers run in turn, again and again; a time is that of the slowest rank, on GPUs by events on
-the stream that calls the layer. `deepep/2` cuts the tokens into 2 chunks (see overlap.py). Every
-layer is first compared with the first one. Ranks may share a GPU, under MPS (scripts/with_mps.sh);
-the other dispatchers' collectives are gloo's then, through the host's memory.
+the stream that calls the layer. `deepep/2` cuts the tokens into 2 chunks (see overlap.py),
+`deepep+fp8` sends fp8 rows. Every layer is first compared with the first one. Ranks may share a
+GPU, under MPS (scripts/with_mps.sh); the other dispatchers' collectives are gloo's then, through
+the host's memory.
+
+--overlap, --profile and --trace look at each deepep more closely, after the times are taken (see
+bench_overlap.py, bench_profile.py).
 """
 
 from __future__ import annotations
@@ -21,96 +25,25 @@ import torch
 import torch.distributed as dist
 
 from ep_kernels.bench.timing import Stats, summarise, time_op
-from megatron_ep.trace import Span, hidden_fraction, start_tracing, stop_tracing, write_trace
+from megatron_ep.bench_layer import DTYPES, PASSES, Variant, make_variants, parse_variant
+from megatron_ep.bench_overlap import balance, report_overlap
+from megatron_ep.bench_profile import per_chunk, profile_pass
 
-PASSES = ("forward", "forward + backward")
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def make_layer(options: argparse.Namespace, dispatcher: str, num_chunks: int | str) -> Any:
-    """A MoE layer. Its weights depend on the seed, and without --te on nothing else."""
-    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-    from megatron.core.transformer.spec_utils import build_module
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    import megatron_ep
-
-    megatron_ep.configure(num_chunks=num_chunks)
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=options.hidden,
-        num_attention_heads=1,
-        num_moe_experts=options.experts,
-        moe_router_topk=options.topk,
-        moe_ffn_hidden_size=options.ffn_hidden,
-        moe_token_dispatcher_type=dispatcher,
-        moe_router_load_balancing_type="none",
-        expert_model_parallel_size=dist.get_world_size(),
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        bias_activation_fusion=False,
-        moe_grouped_gemm=options.te,
-        params_dtype=DTYPES[options.dtype],
-    )
-    model_parallel_cuda_manual_seed(options.seed, force_reset_rng=True)
-    spec = get_moe_module_spec(
-        use_te=options.te, num_experts=options.experts, moe_grouped_gemm=options.te
-    )
-    layer = build_module(spec, config=config)
-    layer.set_layer_number(1)
-    return layer.to(DTYPES[options.dtype]).train()
+MAX_ERROR, MAX_ERROR_FP8 = 0.02, 0.1
+"""Of an output or gradient, relative to its norm."""
 
 
-def make_passes(
-    layer: Any, hidden: torch.Tensor, grad: torch.Tensor
-) -> dict[str, Callable[[], Any]]:
-    """What is timed, by name."""
-
-    def forward() -> torch.Tensor:
-        with torch.no_grad():
-            output: torch.Tensor = layer(hidden)[0]
-        return output
-
-    def both() -> torch.Tensor:
-        layer.zero_grad()
-        x = hidden.detach().requires_grad_()
-        layer(x)[0].backward(grad)
-        assert x.grad is not None
-        return x.grad
-
-    return dict(zip(PASSES, (forward, both), strict=True))
-
-
-def check_agreement(passes: dict[str, dict[str, Callable[[], Any]]]) -> None:
+def check_agreement(variants: dict[str, Variant]) -> None:
     """Raises AssertionError unless all layers compute the same, up to rounding."""
-    first, *others = passes
+    first, *others = variants
     for name in PASSES:
-        want = passes[first][name]().double()
+        want = variants[first].passes[name]().double()
         for other in others:
-            got = passes[other][name]().double()
+            got = variants[other].passes[name]().double()
             error = (got - want).norm() / want.norm()
-            assert error < 0.02, f"{name}: {other} differs from {first} by {error:.3g}"
-
-
-def make_all_passes(
-    options: argparse.Namespace, variants: Sequence[str], device: torch.device
-) -> dict[str, dict[str, Callable[[], Any]]]:
-    """make_passes() of every variant, on the same input."""
-    generator = torch.Generator().manual_seed(options.seed + dist.get_rank())
-    hidden, grad = (
-        torch.randn(options.tokens, 1, options.hidden, generator=generator).to(
-            device, DTYPES[options.dtype]
-        )
-        for _ in range(2)
-    )
-    layers = [make_layer(options, *_parse_variant(variant)) for variant in variants]
-    with torch.no_grad():  # a grouped GEMM of Transformer Engine draws its weights from elsewhere
-        for layer in layers[1:]:
-            for parameter, same in zip(layer.parameters(), layers[0].parameters(), strict=True):
-                parameter.copy_(same)
-    return {variant: make_passes(layer, hidden, grad) for variant, layer in zip(variants, layers)}
+            is_fp8 = any(parse_variant(one)[1]["fp8_dispatch"] for one in (first, other))
+            bound = MAX_ERROR_FP8 if is_fp8 else MAX_ERROR
+            assert error < bound, f"{name}: {other} differs from {first} by {error:.3g}"
 
 
 def time_pass(op: Callable[[], Any], device: torch.device) -> float:
@@ -131,16 +64,14 @@ def time_pass(op: Callable[[], Any], device: torch.device) -> float:
 
 
 def measure(
-    options: argparse.Namespace, variants: Sequence[str], device: torch.device
+    options: argparse.Namespace, variants: dict[str, Variant], device: torch.device
 ) -> dict[str, dict[str, Stats]]:
     """Stats of every pass of every variant."""
-    passes = make_all_passes(options, variants, device)
-    check_agreement(passes)
     durations: dict[tuple[str, str], list[float]] = {}
     for iteration in range(-options.warmup, options.iterations):
         for variant in variants:
             for name in PASSES:
-                seconds = time_pass(passes[variant][name], device)
+                seconds = time_pass(variants[variant].passes[name], device)
                 if iteration >= 0:
                     durations.setdefault((variant, name), []).append(seconds)
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -151,47 +82,23 @@ def measure(
     }
 
 
-def trace_variant(
-    options: argparse.Namespace, variant: str, device: torch.device
-) -> list[list[Span]]:
-    """Spans of each rank in one forward and backward, in which nothing is timed."""
-    import megatron_ep
-
-    megatron_ep.reset_buffers()
-    tracer = start_tracing()
-    try:
-        both = make_all_passes(options, [variant], device)[variant][PASSES[-1]]
-        for _ in range(max(1, options.warmup)):
-            both()
-        with tracer.recording():
-            both()
-        spans_of_ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(spans_of_ranks, tracer.spans())
-    finally:
-        stop_tracing()
-        megatron_ep.reset_buffers()
-    return spans_of_ranks
-
-
-def trace(options: argparse.Namespace, variants: Sequence[str], device: torch.device) -> None:
-    """Writes a timeline of every variant of deepep, and prints how much of it is hidden."""
-    for variant in variants:
-        if _parse_variant(variant)[0] != "deepep":
+def profile(
+    options: argparse.Namespace, variants: dict[str, Variant], device: torch.device
+) -> None:
+    """Prints where the host's time goes under deepep, and what a chunk more adds; of rank 0."""
+    whole: dict[str, Any] | None = None
+    for name, variant in variants.items():
+        if parse_variant(name)[0] != "deepep":
             continue
-        spans_of_ranks = trace_variant(options, variant, device)
+        op, layer = variant.passes[PASSES[-1]], variant.layer
+        found = profile_pass(op, layer, device, iterations=options.iterations)
+        line = {"dispatcher": name, "profile": found}
+        if whole is None and found["expert_calls"] == 1:
+            whole = found
+        elif whole is not None:
+            line["per_chunk"] = per_chunk(whole, found)
         if dist.get_rank() == 0:
-            name = variant.replace("/", "-")
-            path = options.trace.with_name(f"{options.trace.stem}-{name}{options.trace.suffix}")
-            write_trace(path, spans_of_ranks)
-            hidden = [round(hidden_fraction(spans) or 0.0, 3) for spans in spans_of_ranks]
-            line = {"dispatcher": variant, "hidden_of_communication": hidden, "trace": str(path)}
-            sys.stdout.write(json.dumps(line) + "\n")
-
-
-def _parse_variant(text: str) -> tuple[str, int | str]:
-    """Example: "deepep/2" -> ("deepep", 2), "alltoall" -> ("alltoall", 1)."""
-    dispatcher, _, chunks = text.partition("/")
-    return dispatcher, int(chunks) if chunks.isdecimal() else chunks or 1
+            sys.stdout.write(json.dumps(line, default=float) + "\n")
 
 
 def report(results: dict[str, dict[str, Stats]]) -> None:
@@ -231,17 +138,51 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="FILE",
         help="afterwards also write a timeline of each deepep, FILE with its name in it",
     )
+    parser.add_argument(
+        "--overlap",
+        action="store_true",
+        help="afterwards also tell how long transfers and experts of each deepep are busy, and how "
+        "much of the transfers is hidden",
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="afterwards also tell where the host's time goes in each deepep and what a chunk adds",
+    )
+    parser.add_argument(
+        "--balance",
+        action="store_true",
+        help="first find the --ffn-hidden with which experts take as long as transfers",
+    )
     parser.add_argument("--iterations", type=int, default=10, help="(10)")
     parser.add_argument("--warmup", type=int, default=2, help="(2)")
     parser.add_argument("--seed", type=int, default=1234, help="(1234)")
     parser.add_argument(
         "--dispatchers",
         nargs="+",
-        metavar="TYPE[/CHUNKS]",
+        metavar="TYPE[+fp8][/CHUNKS]",
         default=["alltoall", "deepep", "deepep/2", "deepep/4"],
         help="the first one is what the others are compared with",
     )
     return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace, device: torch.device) -> None:
+    """Measures and reports all that is asked for."""
+    if options.balance:
+        options.ffn_hidden = balance(options, device)
+        if dist.get_rank() == 0:
+            sys.stdout.write(json.dumps({"ffn_hidden": options.ffn_hidden}) + "\n")
+    variants = make_variants(options, options.dispatchers, device)
+    check_agreement(variants)
+    results = measure(options, variants, device)
+    if dist.get_rank() == 0:
+        report(results)
+    if options.profile:
+        profile(options, variants, device)
+    del variants
+    if options.overlap or options.trace is not None:
+        report_overlap(options, options.dispatchers, device)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -263,11 +204,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     megatron_ep.register()
     try:
-        results = measure(options, options.dispatchers, device)
-        if dist.get_rank() == 0:
-            report(results)
-        if options.trace is not None:
-            trace(options, options.dispatchers, device)
+        run(options, device)
     finally:
         megatron_ep.reset_buffers()
         dist.destroy_process_group()

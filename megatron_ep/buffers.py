@@ -25,7 +25,10 @@ class Options:
 
     Attributes:
         num_chunks: chunks of a micro-batch whose transfers overlap with the experts of others, see
-            overlap.py; 1 for none, "auto" for a choice by size.
+            overlap.py; 1 for none, "auto" for a choice by times, see choose_chunks.py.
+        recompute_transfers: where Megatron runs a layer's forward again, in the backward, also
+            communicate again: in less memory, in more time; see recompute.py.
+        fp8_dispatch: rows travel to the experts as fp8, see fp8_rows.py.
         num_sms: worker threads (CPU) or SMs (GPU) of each transfer.
         timeout_s: how long a rank waits for a silent peer.
         pool_bytes: limit of the memory for results on this rank.
@@ -36,6 +39,8 @@ class Options:
     """
 
     num_chunks: int | str = 1
+    recompute_transfers: bool = False
+    fp8_dispatch: bool = False
     num_sms: int | None = None
     timeout_s: float | None = None
     pool_bytes: int | None = None
@@ -100,7 +105,8 @@ def get_buffer(
     if key not in _buffers:
         options = {name: value for name, value in vars(_options).items() if value is not None}
         buffer_class = options.pop("buffer_class", None)
-        del options["num_chunks"]
+        for of_layers in ("num_chunks", "recompute_transfers", "fp8_dispatch"):
+            del options[of_layers]
         if buffer_class is None:
             from ep_kernels import Buffer as buffer_class
         buffer = buffer_class(

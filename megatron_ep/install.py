@@ -10,6 +10,8 @@ what the original does.
     MoELayer.__init__                 built as "alltoall", with our class in place of Megatron's
     TransformerLayer.__init__         layernorm recompute beside a CUDA graph of dispatch_preprocess
     should_free_input                 1F1B overlap keeps the rows that the experts save
+    checkpoint (Megatron's and        a layer that is recomputed in the backward takes the transfers
+      Transformer Engine's)           of its forward, see recompute.py
 
 Written for Megatron-Core 0.16.1 and its successors up to 0.20.
 """
@@ -19,12 +21,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from megatron_ep.buffers import current_options
 from megatron_ep.overlap import ChunkedExperts
+from megatron_ep.recompute import wrap_checkpoint
 from megatron_ep.token_dispatcher import DeepEPTokenDispatcher, graphed_parts
 from megatron_ep.trace import active_tracer
 
@@ -100,6 +104,7 @@ def unregister() -> None:
 
 
 def _find_patches() -> list[_Patch]:
+    from megatron.core import tensor_parallel
     from megatron.core.transformer.moe.moe_layer import MoELayer
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -111,6 +116,8 @@ def _find_patches() -> list[_Patch]:
         _wrap(MoELayer, "__init__", _build_moe_layer),
         _wrap(TransformerLayer, "__init__", _build_transformer_layer),
         _wrap(_schedule_module(), "should_free_input", _should_free_input),
+        _wrap_checkpoint(tensor_parallel),
+        *map(_wrap_checkpoint, _checkpoint_modules_of_te()),
     ]
 
 
@@ -122,6 +129,17 @@ def _schedule_module() -> Any:
             if hasattr(module, "should_free_input"):
                 return module
     raise RuntimeError(f"megatron-core: no should_free_input in {' or '.join(_SCHEDULE_MODULES)}")
+
+
+def _checkpoint_modules_of_te() -> list[Any]:
+    """Where Megatron-Core, whenever it recomputes in FP8, finds Transformer Engine's checkpoint."""
+    module = sys.modules.get("transformer_engine.pytorch.distributed")
+    return [module] if hasattr(module, "checkpoint") else []
+
+
+def _wrap_checkpoint(module: Any) -> _Patch:
+    original = module.checkpoint
+    return _Patch(module, "checkpoint", original, wrap_checkpoint(original))
 
 
 def _wrap(owner: Any, attribute: str, wrapper: Callable[..., Any]) -> _Patch:
@@ -173,11 +191,22 @@ def _build_moe_layer(
             original(layer, config, *args, **kwargs)
     finally:
         moe_layer.MoEAlltoAllTokenDispatcher = stand_in
+    if (num_topk := _topk_of_router(layer)) is not None:
+        layer.token_dispatcher.expect_topk(num_topk)
     num_chunks = current_options().num_chunks
     if num_chunks != 1:
         ChunkedExperts(layer, num_chunks).install()
     if tracer := active_tracer():
         tracer.watch_experts(layer.experts)
+
+
+def _topk_of_router(layer: Any) -> int | None:
+    """The most experts that the layer's router gives a token; None if that depends on tokens."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    config = layer.config
+    is_known = type(layer.router) is TopKRouter and not config.moe_pad_expert_input_to_capacity
+    return min(config.moe_router_topk, config.num_moe_experts) if is_known else None
 
 
 def _build_transformer_layer(

@@ -114,7 +114,14 @@ def register_dispatcher(config: Config) -> None:
 
     options: dict[str, Any] = {
         name: getattr(config.ep, name)
-        for name in ("num_chunks", "num_sms", "timeout_s", "pool_bytes")
+        for name in (
+            "num_chunks",
+            "recompute_transfers",
+            "fp8_dispatch",
+            "num_sms",
+            "timeout_s",
+            "pool_bytes",
+        )
     }
     options["buffer_class"] = None
     if config.ep.reference:

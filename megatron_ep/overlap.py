@@ -1,9 +1,10 @@
 """The experts of a layer in chunks, so that tokens travel while experts compute.
 
 A micro-batch's tokens are cut into chunks. Transfers run on the buffer's stream (on the CPU: its
-thread), one after the other, experts on the caller's; two dispatches are ahead of the experts:
+thread), one after the other, experts on the caller's; two dispatches are ahead of the experts, and
+the exchange of all chunks' routings is ahead of everything:
 
-    forward     transfers   D0 D1  D2 C0  D3 C1  C2     C3      D dispatch, C combine
+    forward     transfers R D0 D1  D2 C0  D3 C1  C2     C3      R routings, D dispatch, C combine
                 experts        E0     E1     E2     E3
     backward    transfers   D3 D2  D1 C3  D0 C2  C1     C0      of gradients, with cached routing
                 experts        E3     E2     E1     E0
@@ -22,29 +23,16 @@ Symbols as in token_dispatcher.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ep_kernels import Layout
-from megatron_ep.pipeline import CallStream, run_pipeline
-
-MAX_AUTO_CHUNKS = 4
-
-MIN_AUTO_ROWS = 256
-"""Rows that an expert should have in a chunk: a few tiles of a GEMM."""
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """What the backward needs of one chunk: its routing, and the graph from rows to output."""
-
-    handle: Any
-    rows: torch.Tensor
-    weights: torch.Tensor
-    output: torch.Tensor
+from megatron_ep.choose_chunks import NO_WATCH, Chooser, StopWatch
+from megatron_ep.chunk_run import ExpertsFunction, Run
+from megatron_ep.recompute import Transfers
+from megatron_ep.routing import ROUTING_BYTES
 
 
 class ChunkedExperts:
@@ -52,8 +40,8 @@ class ChunkedExperts:
 
     Args:
         layer: with a DeepEPTokenDispatcher.
-        num_chunks: chunks of a micro-batch, the same on all ranks; "auto" chooses when the first
-            one comes.
+        num_chunks: chunks of a micro-batch, the same on all ranks; "auto" chooses after some, see
+            choose_chunks.py.
 
     Raises:
         ValueError: num_chunks is no positive number, or the layer is configured for something that
@@ -65,6 +53,7 @@ class ChunkedExperts:
         _check_config(layer.config)
         self._layer, self._dispatcher = layer, layer.token_dispatcher
         self._num_chunks = num_chunks
+        self._chooser: Chooser | None = None
 
     def install(self) -> None:
         """Puts the three methods onto the layer."""
@@ -82,166 +71,51 @@ class ChunkedExperts:
         self, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
         """Dispatch, experts and combine: [T, H] and [T, K] -> [T, H]."""
-        topk_idx = self._dispatcher.take_topk_idx()
-        num_chunks = self._resolve_num_chunks(topk_idx)
+        topk_idx, kept = self._dispatcher.take_routing()
+        num_chunks, watch = self._resolve_num_chunks(topk_idx, kept)
         parameters = list(self._layer.experts.parameters())
-        run = _Run(
+        run = Run(
             layer=self._layer,
-            topk_idx=topk_idx.tensor_split(num_chunks),
+            topk_idx=topk_idx,
+            num_chunks=num_chunks,
+            kept=kept,
+            watch=watch,
             is_training=torch.is_grad_enabled(),
             parameters=[parameter for parameter in parameters if parameter.requires_grad],
         )
-        output: torch.Tensor = _ExpertsFunction.apply(run, hidden_states, probs, *run.parameters)
+        output: torch.Tensor = ExpertsFunction.apply(run, hidden_states, probs, *run.parameters)
         return output, None
 
     def combine(self, output: torch.Tensor) -> torch.Tensor:
         """Nothing: the output is back already."""
         return output
 
-    def _resolve_num_chunks(self, topk_idx: torch.Tensor) -> int:
-        if self._num_chunks == "auto":
-            self._num_chunks = _choose_num_chunks(
-                topk_idx, self._dispatcher.num_local_experts, self._dispatcher.tp_ep_group
+    def _resolve_num_chunks(
+        self, topk_idx: torch.Tensor, kept: Transfers | None
+    ) -> tuple[int, StopWatch]:
+        if kept is not None:
+            return len(kept.sent), NO_WATCH
+        if self._num_chunks != "auto":
+            return int(self._num_chunks), NO_WATCH
+        if self._chooser is None:
+            dispatcher = self._dispatcher
+            self._chooser = Chooser(
+                group=dispatcher.tp_ep_group,
+                device=topk_idx.device,
+                rows_per_expert=topk_idx.numel() // dispatcher.num_local_experts,
+                empty_call=functools.partial(_call_without_rows, self._layer, topk_idx),
             )
-        return int(self._num_chunks)
+        watch = self._chooser.next_watch()
+        if self._chooser.num_chunks is not None:
+            self._num_chunks = self._chooser.num_chunks
+        return self._chooser.num_chunks or 1, watch
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    """One micro-batch on its way through one layer.
-
-    Attributes:
-        topk_idx: of each chunk.
-        is_training: whether a backward may follow.
-        parameters: of the experts, those that get gradients.
-    """
-
-    layer: Any
-    topk_idx: tuple[torch.Tensor, ...]
-    is_training: bool
-    parameters: list[torch.Tensor]
-
-    def forward(
-        self, hidden: torch.Tensor, probs: torch.Tensor
-    ) -> tuple[torch.Tensor, list[_Chunk]]:
-        """Output, and the chunks for backward()."""
-        chunks: list[_Chunk] = []
-        num_chunks = len(self.topk_idx)
-        inputs = zip(hidden.tensor_split(num_chunks), self.topk_idx, probs.tensor_split(num_chunks))
-        buffer = self.layer.token_dispatcher.buffer(hidden.device)
-
-        def compute(arrived: Any) -> tuple[torch.Tensor, Any]:
-            if not chunks:
-                self._start_shared_experts()
-            arrived.event.current_stream_wait()
-            chunks.append(self._compute(arrived))
-            return chunks[-1].output.detach().contiguous(), arrived.handle
-
-        def send_back(output: torch.Tensor, handle: Any) -> Any:
-            return buffer.combine(output, handle, async_op=True)
-
-        results = run_pipeline(
-            (self._dispatch(buffer, *one) for one in inputs),
-            compute,
-            send_back,
-            calls=CallStream(hidden.device),
-        )
-        return torch.cat([_wait(result).x for result in results]), chunks
-
-    def backward(
-        self, chunks: list[_Chunk], grad: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
-        """Gradients of hidden, probs and the parameters."""
-        totals: list[torch.Tensor | None] = [None] * len(self.parameters)
-        buffer = self.layer.token_dispatcher.buffer(grad.device)
-        parts = grad.contiguous().tensor_split(len(chunks))[::-1]
-        remaining = iter(chunks[::-1])
-
-        def compute(arrived: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
-            chunk = next(remaining)
-            arrived.event.current_stream_wait()
-            rows, weights, *ours = self._differentiate(chunk, arrived.recv_x)
-            totals[:] = [_add(total, one) for total, one in zip(totals, ours)]
-            return _or_zeros(rows, chunk.rows), _or_zeros(weights, chunk.weights), chunk.handle
-
-        def send_back(rows: torch.Tensor, weights: torch.Tensor, handle: Any) -> Any:
-            return buffer.combine(rows, handle, topk_weights=weights, async_op=True)
-
-        results = run_pipeline(
-            (
-                buffer.dispatch(part, handle=chunk.handle, async_op=True)
-                for chunk, part in zip(chunks[::-1], parts)
-            ),
-            compute,
-            send_back,
-            calls=CallStream(grad.device),
-        )
-        done = [_wait(result) for result in reversed(results)]
-        return (
-            torch.cat([result.x for result in done]),
-            torch.cat([result.topk_weights for result in done]),
-            totals,
-        )
-
-    def _dispatch(
-        self, buffer: Any, hidden: torch.Tensor, topk_idx: torch.Tensor, probs: torch.Tensor
-    ) -> Any:
-        return buffer.dispatch(
-            hidden.detach(),
-            topk_idx,
-            probs.detach(),
-            layout=Layout.EXPERT_MAJOR,
-            expert_alignment=self.layer.token_dispatcher.expert_alignment,
-            async_op=True,
-        )
-
-    def _compute(self, arrived: Any) -> _Chunk:
-        rows = arrived.recv_x.detach().requires_grad_(self.is_training)
-        weights = arrived.recv_topk_weights.detach().requires_grad_(self.is_training)
-        dispatcher = self.layer.token_dispatcher
-        with torch.set_grad_enabled(self.is_training):
-            output, bias = self.layer.experts(
-                rows, dispatcher.tokens_per_expert(arrived), weights.to(dispatcher.probs_dtype)
-            )
-        assert bias is None, "experts apply their bias themselves"
-        return _Chunk(arrived.handle, rows, weights, output)
-
-    def _differentiate(self, chunk: _Chunk, grad: torch.Tensor) -> list[torch.Tensor | None]:
-        """Of rows, weights and parameters; None for what the output does not depend on."""
-        leaves = [chunk.rows, chunk.weights, *self.parameters]
-        if not chunk.output.requires_grad:
-            return [None] * len(leaves)
-        return list(torch.autograd.grad(chunk.output, leaves, grad, allow_unused=True))
-
-    def _start_shared_experts(self) -> None:
-        """While the first tokens travel; their graph is outside of this function's."""
-        shared_experts = self.layer.token_dispatcher.shared_experts
-        if shared_experts is not None:
-            with torch.set_grad_enabled(self.is_training):
-                shared_experts.linear_fc1_forward_and_act()
-
-
-class _ExpertsFunction(torch.autograd.Function):
-    """_Run.forward() and _Run.backward() as a node of the graph."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, run: _Run, hidden: torch.Tensor, probs: torch.Tensor, *_parameters: torch.Tensor
-    ) -> torch.Tensor:
-        output, ctx.chunks = run.forward(hidden, probs)
-        ctx.run = run
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        chunks, ctx.chunks = ctx.chunks, None
-        if chunks is None:
-            raise RuntimeError(
-                "a second backward through experts in chunks, whose graphs are freed"
-            )
-        hidden, probs, parameters = ctx.run.backward(chunks, grad)
-        return None, hidden, probs, *parameters
+def _call_without_rows(layer: Any, topk_idx: torch.Tensor) -> None:
+    """A fresh dispatch of nothing, waited for."""
+    rows = torch.empty(0, ROUTING_BYTES // 4, device=topk_idx.device)
+    buffer = layer.token_dispatcher.buffer(topk_idx.device)
+    buffer.dispatch(rows, topk_idx[:0], layout=Layout.EXPERT_MAJOR).event.wait()
 
 
 def check_num_chunks(num_chunks: Any) -> None:
@@ -259,27 +133,3 @@ def _check_config(config: Any) -> None:
         raise ValueError("num_chunks cannot work with moe_act among recompute_modules")
     if config.cuda_graph_impl != "none":
         raise ValueError(f"num_chunks needs cuda_graph_impl='none', not {config.cuda_graph_impl!r}")
-
-
-def _choose_num_chunks(topk_idx: torch.Tensor, num_local_experts: int, group: Any) -> int:
-    """As many as leave every expert of every rank MIN_AUTO_ROWS rows, at least 1, at most
-    MAX_AUTO_CHUNKS. Collective, since all ranks must agree.
-    """
-    rows_per_expert = torch.tensor(
-        topk_idx.numel() // num_local_experts, dtype=torch.int64, device=topk_idx.device
-    )
-    torch.distributed.all_reduce(rows_per_expert, torch.distributed.ReduceOp.MIN, group=group)
-    return max(1, min(MAX_AUTO_CHUNKS, int(rows_per_expert) // MIN_AUTO_ROWS))
-
-
-def _wait(result: Any) -> Any:
-    result.event.current_stream_wait()
-    return result
-
-
-def _add(total: torch.Tensor | None, one: torch.Tensor | None) -> torch.Tensor | None:
-    return one if total is None else total if one is None else total + one
-
-
-def _or_zeros(grad: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(like) if grad is None else grad.contiguous()

@@ -27,10 +27,18 @@ from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantizat
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.utils import get_pg_rank
 
-from ep_kernels import DispatchResult, Layout
+from ep_kernels import CombineResult, DispatchResult, Layout
 from megatron_ep.autograd import combine, dispatch
-from megatron_ep.buffers import get_buffer
-from megatron_ep.routing import place_slices, slice_experts, to_topk_idx
+from megatron_ep.buffers import current_options, get_buffer
+from megatron_ep.fp8_rows import check_fp8_hidden
+from megatron_ep.recompute import (
+    Transfers,
+    keep,
+    kept_transfers,
+    may_run_again,
+    take_transfers,
+)
+from megatron_ep.routing import place_slices, slice_experts, to_topk_idx, unslice_experts
 
 
 class DeepEPTokenDispatcher(MoETokenDispatcher):
@@ -54,7 +62,8 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         pg_collection: process groups; ep, expt_tp and tp_ep are used.
 
     Raises:
-        ValueError: experts or ranks are not in the order that Megatron-Core gives them.
+        ValueError: experts or ranks are not in the order that Megatron-Core gives them, or the
+            hidden size does not suit fp8 rows, which the options ask for.
     """
 
     def __init__(
@@ -74,6 +83,11 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         self._check_placement()
         self._num_topk = self._num_topk_of_graph()
         self.cudagraph_attrs = ["topk_idx"]
+        options = current_options()
+        self._recomputes_transfers = options.recompute_transfers
+        self.sends_fp8 = options.fp8_dispatch
+        if self.sends_fp8:
+            check_fp8_hidden(getattr(config, "moe_latent_size", None) or config.hidden_size)
         # Between the calls of one forward; nothing that carries gradients:
         self.topk_idx: torch.Tensor | None = None
         self._hidden_shape: Any = None
@@ -81,6 +95,8 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         self._tokens_per_expert: Any = None
         self._handle: Any = None
         self._event: Any = None
+        self._kept: Transfers | None = None
+        self._to_keep: tuple[torch.Tensor, Any] | None = None
 
     def _check_placement(self) -> None:
         """Local experts are block `ep_rank`; group ranks count expert_tp first, then ep."""
@@ -117,6 +133,12 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
             return self.num_experts
         return min(config.moe_router_topk, self.num_experts)
 
+    def expect_topk(self, num_topk: int | None) -> None:
+        """No token will have more than `num_topk` experts, which is an error from now on; None: any
+        number, to be counted, for which the host waits.
+        """
+        self._num_topk = num_topk
+
     def set_shared_experts(self, shared_experts: Any) -> None:
         """Has the shared experts computed while tokens travel."""
         super().set_shared_experts(shared_experts)
@@ -143,7 +165,11 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         if self.shared_experts is not None:
             # NOTE: of `tokens`, so that gradients add up in the same order as in alltoall.
             self.shared_experts.pre_forward_comm(tokens.view(self._hidden_shape))
-        topk_idx = to_topk_idx(routing_map, num_topk=self._num_topk)
+        kept = kept_transfers(self)
+        if kept is None:
+            topk_idx = to_topk_idx(routing_map, num_topk=self._num_topk)
+        else:
+            topk_idx = unslice_experts(kept.topk_idx, self.tp_size)
         topk_weights = probs.gather(1, topk_idx.clamp(min=0))
         if probs.dtype != torch.float64:
             topk_weights = topk_weights.float()
@@ -160,17 +186,24 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         Returns:
             [N, H] rows grouped by local expert and [N] probabilities.
         """
+        topk_idx, self._kept = self.take_routing()
+        delivered: list[DispatchResult] = []
         sent: Any = dispatch(
             self.buffer(hidden_states.device),
             hidden_states,
-            self.take_topk_idx(),
+            topk_idx,
             probs,
+            fp8=self.sends_fp8,
+            kept=None if self._kept is None else self._kept.sent[0],
+            delivered=delivered,
             layout=Layout.EXPERT_MAJOR,
             expert_alignment=self.expert_alignment,
             async_op=self.shared_experts is not None,
         )
         self._handle, self._event = sent.handle, sent.event
         self._tokens_per_expert = self.tokens_per_expert(sent)
+        if self._kept is None and self.keeps_transfers:
+            self._to_keep = topk_idx, delivered[0]
         return sent.recv_x, sent.recv_topk_weights
 
     def dispatch_postprocess(
@@ -192,13 +225,19 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
 
     def token_combine(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Sends the experts' rows back: [N, H] -> [T, H], summed per token."""
+        handle, self._handle = self._handle, None
+        kept, self._kept = self._kept, None
         combined = combine(
             self.buffer(hidden_states.device),
             hidden_states.contiguous(),
-            self._handle,
+            handle,
+            kept=None if kept is None else kept.combined,
             async_op=self.shared_experts is not None,
         )
-        self._handle, self._event = None, combined.event
+        self._event = combined.event
+        if self._to_keep is not None:
+            (topk_idx, sent), self._to_keep = self._to_keep, None
+            self.keep(topk_idx, (sent,), combined)
         return combined.x
 
     def combine_postprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -219,6 +258,19 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         topk_idx, self.topk_idx = self.topk_idx, None
         assert topk_idx is not None, "dispatch_preprocess() comes first"
         return topk_idx
+
+    def take_routing(self) -> tuple[torch.Tensor, Transfers | None]:
+        """take_topk_idx(), and what an earlier forward of this micro-batch kept for this one."""
+        return self.take_topk_idx(), take_transfers(self)
+
+    @property
+    def keeps_transfers(self) -> bool:
+        """Whether this forward may run again, and is to have its transfers then."""
+        return not self._recomputes_transfers and may_run_again()
+
+    def keep(self, topk_idx: torch.Tensor, sent: tuple[Any, ...], combined: CombineResult) -> None:
+        """Keeps the transfers for the same forward again."""
+        keep(Transfers(owner=self, topk_idx=topk_idx, sent=sent, combined=combined))
 
     def tokens_per_expert(self, sent: DispatchResult) -> torch.Tensor:
         """[L] int64: rows of each local expert, with padding."""

@@ -4,7 +4,8 @@
     with tracer.recording(): ...          the steps of interest
     write_trace(path, group spans)        for Perfetto or chrome://tracing
 
-A rank has two tracks: "experts", and "transfers" for dispatch and combine. On the CPU a transfer
+A rank has two tracks: "experts", and "transfers" for dispatch, combine and, of layers in chunks,
+the exchange of their routings. On the CPU a transfer
 that the caller does not wait for is drawn where it ran on the buffer's thread; the exchange of
 counts before it, for which every fresh dispatch waits, is drawn apart as "notify". On a GPU a
 transfer begins when the one before it is over and its input is there, and includes the exchange of
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from megatron_ep.routing import ROUTING_BYTES
 from megatron_ep.trace_clocks import Clock, DeviceClock, HostClock
 
 EXPERTS, TRANSFERS = "experts", "transfers"
@@ -156,8 +158,12 @@ class TracedBuffer:
         return getattr(self._buffer, name)
 
     def dispatch(self, *arguments: Any, **options: Any) -> Any:
+        rows = arguments[0]
+        is_routing = (
+            isinstance(rows, torch.Tensor) and rows.shape[1] * rows.element_size() == ROUTING_BYTES
+        )
         return self._tracer.trace_transfer(
-            "dispatch",
+            "routing" if is_routing else "dispatch",
             lambda: self._buffer.dispatch(*arguments, **options),
             is_fresh=options.get("handle") is None,
         )
@@ -193,8 +199,8 @@ def hidden_fraction(spans: Sequence[Span]) -> float | None:
 
     Example: a transfer from 0 to 10 and experts from 4 to 20 -> 0.6. None without transfers.
     """
-    busy = _merge([(span.begin_ns, span.end_ns) for span in spans if span.track == EXPERTS])
-    transfers = _merge([(span.begin_ns, span.end_ns) for span in spans if span.track == TRANSFERS])
+    busy = merge([(span.begin_ns, span.end_ns) for span in spans if span.track == EXPERTS])
+    transfers = merge([(span.begin_ns, span.end_ns) for span in spans if span.track == TRANSFERS])
     total = sum(end - begin for begin, end in transfers)
     hidden = sum(
         max(0, min(end, busy_end) - max(begin, busy_begin))
@@ -204,7 +210,13 @@ def hidden_fraction(spans: Sequence[Span]) -> float | None:
     return hidden / total if total else None
 
 
-def _merge(intervals: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def busy_ns(spans: Sequence[Span], track: str) -> int:
+    """How long the track of a rank is not empty."""
+    merged = merge([(span.begin_ns, span.end_ns) for span in spans if span.track == track])
+    return sum(end - begin for begin, end in merged)
+
+
+def merge(intervals: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Disjoint intervals that cover the same times."""
     merged: list[tuple[int, int]] = []
     for begin, end in sorted(intervals):

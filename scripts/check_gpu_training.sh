@@ -8,16 +8,23 @@ Usage: scripts/check_gpu_training.sh [--output DIR] [--data PREFIX] [STEP ...]
 
 Runs these steps, all of them even when one fails, and prints their numbers as they come:
 
-  layer   the tests of the MoE layer and of its chunks: deepep computes what alltoall does
+  layer   the tests of the MoE layer, its chunks and recomputation: deepep computes what alltoall does
   fp32    trains a small MoE GPT with 2 ranks under alltoall, deepep and deepep in 2 chunks, and
           compares the losses
   bf16    the same in bf16
   fp8     the same in FP8, where Transformer Engine is installed
   bench2  times one MoE layer under all dispatchers with 2 ranks, and writes its timeline
   bench4  the same with 4 ranks
+  host    where the host's time goes in that layer with 4 ranks, what a chunk adds, how much is hidden;
+          as it is, and with experts that take as long as the transfers
 
-Without a STEP: all. The status is 0 if every step was. Ranks that share a GPU get an MPS daemon of
-their own. Needs the packages of the extras megatron and dev, and the compiled core with its CUDA part.
+  spread  how far rounding alone moves the losses: in bf16 in 1 to 4 chunks, at the learning rate of the
+          other steps and at a tenth of it; and with gradients of chunks summed in fp32
+  padding in FP8, whether padding by routing is what sets alltoall and deepep apart
+
+Without a STEP: all but spread and padding, which compare losses without a bound. The status is 0 if
+every step was. Ranks that share a GPU get an MPS daemon of their own. Needs the packages of the extras
+megatron and dev, and the compiled core with its CUDA part.
 
   --output DIR   for metrics and timelines (default: runs/check_gpu_training)
   --data PREFIX  .bin/.idx files of bytes (default: made of sources of the standard library)
@@ -53,12 +60,12 @@ while [ $# -gt 0 ]; do
       usage
       exit 0
       ;;
-    layer | fp32 | bf16 | fp8 | bench2 | bench4) steps+=("$1") ;;
+    layer | fp32 | bf16 | fp8 | bench2 | bench4 | host | spread | padding) steps+=("$1") ;;
     *) die "unknown step or option $1 (see --help)" ;;
   esac
   shift
 done
-[ ${#steps[@]} -gt 0 ] || steps=(layer fp32 bf16 fp8 bench2 bench4)
+[ ${#steps[@]} -gt 0 ] || steps=(layer fp32 bf16 fp8 bench2 bench4 host)
 
 num_gpus=$(python -c 'import torch; print(torch.cuda.device_count())') || die "torch cannot be imported"
 [ "$num_gpus" -gt 0 ] || die "torch finds no CUDA device"
@@ -131,14 +138,62 @@ train_all() {
     --within "$bound"
 }
 
+# Compares the losses of runs, without a bound; "$1" names the comparison.
+compare() {
+  local name=$1
+  shift
+  run "$name: losses" python -m megatron_ep.compare_losses "${@/#/$output/}"
+}
+
+# In one piece and in chunks; the first argument names the runs, the rest are flags of all of them.
+train_in_chunks() {
+  local name=$1 count names=()
+  shift
+  for count in 1 2 3 4; do
+    train "$name-$count" --precision bf16 "${te_flags[@]}" --ep-num-chunks "$count" "$@"
+    names+=("$name-$count")
+  done
+  compare "$name" "${names[@]}"
+}
+
+measure_spread() {
+  make_data || return
+  train_in_chunks spread
+  train_in_chunks spread-low --lr 3e-4 --min-lr 3e-5
+  [ "$has_te" = no ] || train_in_chunks spread-fused --gradient-accumulation-fusion
+}
+
+# With and without padding by Megatron's router or by dispatch; Transformer Engine pads the rest itself.
+compare_padding() {
+  local name fp8=(--precision bf16 "${te_flags[@]}" --fp8-format hybrid --fp8-recipe tensorwise)
+  make_data || return
+  for name in alltoall deepep; do
+    train "padding-$name" "${fp8[@]}" --moe-token-dispatcher-type "$name"
+    train "padding-$name-routed" "${fp8[@]}" --moe-token-dispatcher-type "$name" \
+      --moe-router-padding-for-quantization
+  done
+  compare padding padding-alltoall padding-deepep padding-deepep-routed padding-alltoall-routed
+}
+
+# Runs the benchmark of the layer with "$2" ranks; "$1" names the run, the rest are flags.
 bench() {
-  local count=$1 te=()
+  local name=$1 count=$2 te=()
+  shift 2
   [ "$has_te" = no ] || te=(--te)
   # shellcheck disable=SC2046,SC2086  # words
-  run "bench$count" $(ranks "$count" megatron_ep.bench) --device cuda "${te[@]}" \
-    --hidden 4096 --ffn-hidden 256 --experts 64 --topk 8 --tokens 2048 \
-    --dispatchers alltoall allgather deepep deepep/2 deepep/4 deepep/8 \
-    --trace "$output/bench$count.json" ${BENCH_FLAGS:-}
+  run "$name" $(ranks "$count" megatron_ep.bench) --device cuda "${te[@]}" \
+    --hidden 4096 --ffn-hidden 256 --experts 64 --topk 8 --tokens 2048 "$@" ${BENCH_FLAGS:-}
+}
+
+compare_dispatchers() {
+  bench "bench$1" "$1" --dispatchers alltoall allgather deepep deepep/2 deepep/4 deepep/8 \
+    --trace "$output/bench$1.json"
+}
+
+look_at_host() {
+  local flags=(--profile --overlap --dispatchers deepep deepep/2 deepep/4 deepep/auto deepep+fp8)
+  bench host 4 --warmup 7 "${flags[@]}"
+  bench host-balanced 4 --warmup 7 --balance --tokens 8192 "${flags[@]}"
 }
 
 te_flags=()
@@ -148,7 +203,8 @@ for step in "${steps[@]}"; do
   case $step in
     layer)
       run layer python -m pytest -q -p no:cacheprovider tests/megatron/test_moe_layer.py \
-        tests/megatron/test_overlap.py tests/megatron/test_trace.py -k "cuda and not tp2 and not tp4"
+        tests/megatron/test_overlap.py tests/megatron/test_trace.py \
+        tests/megatron/test_recompute.py -k "cuda and not tp2 and not tp4"
       ;;
     fp32) train_all fp32 1e-3 --transformer-impl local ;;
     bf16) train_all bf16 0.1 --precision bf16 "${te_flags[@]}" ;;
@@ -160,8 +216,17 @@ for step in "${steps[@]}"; do
         say "fp8: left out, since Transformer Engine cannot be imported"
       fi
       ;;
-    bench2) bench 2 ;;
-    bench4) bench 4 ;;
+    bench2) compare_dispatchers 2 ;;
+    bench4) compare_dispatchers 4 ;;
+    host) look_at_host ;;
+    spread) measure_spread ;;
+    padding)
+      if [ "$has_te" = yes ]; then
+        compare_padding
+      else
+        say "padding: left out, since Transformer Engine cannot be imported"
+      fi
+      ;;
   esac
 done
 

@@ -6,6 +6,9 @@ from dataclasses import fields, is_dataclass, replace
 
 import torch
 
+STATISTICS = ("cumulative_recv_stats", "wait_recv_cost_stats")
+"""Options that a call adds to."""
+
 
 def on_host(value):
     """A tensor, None, or a result with its tensors on the CPU."""
@@ -124,9 +127,12 @@ class HostView:
 
     def _call(self, method, arguments, options):
         device = self.device
-        options = {name: move(value, device) for name, value in options.items()}
-        result = method(*(move(one, device) for one in arguments), **options)
+        moved = {name: move(value, device) for name, value in options.items()}
+        result = method(*(move(one, device) for one in arguments), **moved)
         if self._keeps_results:
             return result
         result.event.wait()
+        for name, value in options.items():
+            if name in STATISTICS and value is not None:
+                value.copy_(moved[name])
         return on_host(result)

@@ -48,6 +48,7 @@ def make_job(folder, **changes):
 def test_rows_are_counted_by_source_and_destination():
     assert TWO_RANKS.rows["rank_major"] == [[1, 1], [0, 1]]
     assert TWO_RANKS.rows["expert_major"] == [[2, 1], [0, 1]]
+    assert TWO_RANKS.num_shared == [[1, 0], [0, 0]]
     assert (TWO_RANKS.num_tokens, TWO_RANKS.num_sent_tokens) == ([1, 2], [1, 1])
     assert TWO_RANKS.max_recv_rows("rank_major") == 2
 
@@ -83,7 +84,7 @@ def test_the_floor_on_two_gpus_is_that_of_the_busier_link_if_that_is_slower():
 
 def test_rows_of_one_token_cross_once_in_dispatch_and_all_of_them_in_combine():
     counts = _count_rows([torch.tensor([[2, 3]]), torch.tensor([[-1, -1]])], 2)
-    link_bytes = [
+    dispatch, combine = (
         floor_of(
             op,
             "expert_major",
@@ -91,10 +92,12 @@ def test_rows_of_one_token_cross_once_in_dispatch_and_all_of_them_in_combine():
             num_gpus=2,
             row_bytes=4,
             rates=Rates(memory=1.0, link=1.0),
-        ).link_bytes
+        )
         for op in ("dispatch", "combine")
-    ]
-    assert link_bytes == [4, 8]
+    )
+    assert (dispatch.link_bytes, combine.link_bytes) == (4, 8)
+    # GPU 1: two rows are written, and one of them is read to be copied.
+    assert dispatch.memory_s == 3 * 4
 
 
 def test_an_fp8_row_has_a_scale_for_every_128_elements():

@@ -88,6 +88,8 @@ def test_a_library_that_is_no_longer_built_goes_away(project):
     [
         ({"EP_KERNELS_CUDA": "1"}, "no sources"),
         ({"EP_KERNELS_CUDA": "maybe"}, "EP_KERNELS_CUDA='maybe'"),
+        ({"EP_KERNELS_NVSHMEM": "1"}, "ep_kernels/csrc/nvshmem holds no sources"),
+        ({"EP_KERNELS_NVSHMEM": "yes"}, "EP_KERNELS_NVSHMEM='yes'"),
         ({"CXX": "no-such-compiler"}, "no-such-compiler"),
     ],
 )
@@ -105,7 +107,7 @@ def test_warnings_are_errors_on_request(project):
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm of binutils")
-@pytest.mark.parametrize("name", ["libep_cpu.so", "libep_cuda.so"])
+@pytest.mark.parametrize("name", ["libep_cpu.so", "libep_cuda.so", "libep_nvshmem.so"])
 def test_a_library_shows_nothing_but_its_c_interface(name):
     """Other libraries of the process could replace anything else that it shows."""
     if not (LIB_DIR / name).exists():

@@ -103,6 +103,22 @@ BAD_DISPATCH = {
     "capacity-float": (change(capacity=1e3), r"capacity=1000\.0"),
     "num_sms-0": (change(num_sms=0), r"num_sms=0\b"),
     "handle-and-topk_idx": (change(handle=lambda _: "own"), "topk_idx"),
+    "recv-stats-shape": (
+        change(cumulative_recv_stats=torch.zeros(3, dtype=torch.int32)),
+        r"cumulative_recv_stats.*shape.*\b3\b",
+    ),
+    "recv-stats-fp32": (
+        change(cumulative_recv_stats=torch.zeros(2)),
+        "cumulative_recv_stats.*float32",
+    ),
+    "recv-stats-device": (
+        change(cumulative_recv_stats=torch.zeros(2, dtype=torch.int64, device="meta")),
+        "cumulative_recv_stats.*meta",
+    ),
+    "wait-stats-int32": (
+        change(wait_recv_cost_stats=torch.zeros(3, dtype=torch.int32)),
+        "wait_recv_cost_stats.*int32",
+    ),
 }
 
 BAD_CACHED_DISPATCH = {
@@ -113,6 +129,7 @@ BAD_CACHED_DISPATCH = {
         change(topk_weights=lambda t: torch.ones(1, 1)),
         r"topk_weights.*shape.*\b1\b",
     ),
+    "recv-stats-list": (change(cumulative_recv_stats=[0, 0]), r"cumulative_recv_stats.*\[0, 0\]"),
 }
 
 BAD_COMBINE = {
@@ -135,6 +152,10 @@ BAD_COMBINE = {
     "bias-triple": (change(bias=lambda b: (b, b, b)), "bias.*3"),
     "bias-second-of-pair": (change(bias=lambda b: (b, b[:, :8].contiguous())), r"bias.*shape.*8"),
     "num_sms-negative": (change(num_sms=-4), r"num_sms=-4\b"),
+    "wait-stats-shape": (
+        change(wait_recv_cost_stats=torch.zeros(2, dtype=torch.int64)),
+        r"wait_recv_cost_stats.*shape.*\b2\b",
+    ),
 }
 
 BAD = {"dispatch": BAD_DISPATCH, "cached_dispatch": BAD_CACHED_DISPATCH, "combine": BAD_COMBINE}

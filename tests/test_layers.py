@@ -18,7 +18,8 @@ INCLUDES = {
     "runtime": {"runtime", "core"},
     "cpu": {"cpu", "runtime", "core"},
     "cuda": {"cuda", "runtime", "core"},
-    "bindings": {"bindings", "cuda", "cpu", "runtime", "core"},
+    "nvshmem": {"nvshmem", "cuda", "runtime", "core"},
+    "bindings": {"bindings", "nvshmem", "cuda", "cpu", "runtime", "core"},
 }
 
 FRAMEWORK_HEADER = re.compile(r"<(torch|ATen|c10|pybind11|Python\.h|nanobind)")
@@ -67,7 +68,7 @@ def test_every_source_belongs_to_a_known_folder():
     assert not unknown
 
 
-@pytest.mark.parametrize("folder", ["core", "runtime", "cpu", "cuda"])
+@pytest.mark.parametrize("folder", ["core", "runtime", "cpu", "cuda", "nvshmem"])
 def test_only_bindings_know_the_framework(folder):
     found = [
         line

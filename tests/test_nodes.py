@@ -282,9 +282,9 @@ def test_in_expert_major_num_topk_may_differ_between_ranks(ranks, backend, num_r
 
 
 class Group:
-    def __init__(self, rank, backend, **options):
-        self.rank, self.world = rank, World(CASE, rank)
-        self.buffer = cases.make_buffer(backend, case=CASE, **options)
+    def __init__(self, rank, backend, *, case=CASE, **options):
+        self.rank, self.world = rank, World(case, rank)
+        self.buffer = cases.make_buffer(backend, case=case, **options)
         self.result = cases.check_round_trip(self.buffer, self.world)
 
     def call(self, operation):
@@ -341,6 +341,74 @@ def on_rank_stopped(rank, backend, victim):
 @pytest.mark.parametrize("victim", [0, 3])
 def test_a_silent_rank_is_named_at_the_deadline_everywhere(launch, over_nodes, victim):
     launch(on_rank_stopped, over_nodes, victim, num_ranks=4, lost=[victim])
+
+
+def stop_at(name, *arguments, after):
+    """This process stops before a step of the backend, when its messages have gone out, or after
+    it."""
+    step_of = NodeControl.step
+
+    def stopping_step(control, step, *given):
+        is_due = (step, given[: len(arguments)]) == (name, arguments)
+        if is_due and not after:
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        step_of(control, step, *given)
+        if is_due:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    NodeControl.step = stopping_step
+
+
+def on_rank_stopped_waiting(rank, backend, case, operation, victim):
+    """The victim says that it waits for rank 1 and stops; its neighbour, for which it should pass
+    on what 1 has sent, gives up first."""
+    group = Group(rank, backend, case=case, timeout_s=2.0)
+    dist.barrier()
+    if rank == victim:
+        stop_at("waiting_for", 1, after=True)
+    group.check_lost(operation, [victim], within_s=2.0 + SOON_S)
+
+
+@pytest.mark.parametrize(("num_ranks", "operation"), [(4, "dispatch"), (6, "combine")])
+def test_a_rank_that_was_stopped_while_it_waited_for_another_node_is_named_itself(
+    launch, over_nodes, num_ranks, operation
+):
+    case = replace(CASE, num_ranks=num_ranks, num_experts=12, num_tokens=(40, 30, 50, 20, 0, 10))
+    victim = num_ranks - 1
+    launch(
+        on_rank_stopped_waiting,
+        over_nodes,
+        case,
+        operation,
+        victim,
+        num_ranks=num_ranks,
+        lost=[victim],
+    )
+
+
+def on_rank_waits_behind_its_neighbour(rank, backend):
+    """2 stops when only node 0 has its offer: 3 waits for it, 1 for the rows of 3, and 0, whose
+    rows cross no network, for 1. The wait of 0 runs out first."""
+    world = World(CASE, rank)
+    topk_idx = torch.arange(CASE.num_topk).expand(CASE.num_tokens[rank], -1)
+    is_at_home = rank in (0, 2)
+    topk_idx = topk_idx + (4 if (rank >= 2) == is_at_home else 0)
+    buffer = cases.make_buffer(backend, case=CASE, timeout_s=2.15 if rank == 3 else 2.0)
+    dist.barrier()
+    if rank == 2:
+        stop_at("send_offer", 0, 2, after=False)
+    start = time.monotonic()
+    with pytest.raises(EPTimeoutError) as raised:
+        buffer.dispatch(world.xs()[rank], topk_idx.contiguous())
+    assert time.monotonic() - start < 2.0 + SOON_S
+    assert raised.value.peer == 2, str(raised.value)
+    buffer.destroy()
+
+
+def test_a_rank_whose_neighbour_waits_for_a_waiting_rank_names_the_silent_one(launch, over_nodes):
+    """Also if its own wait runs out first."""
+    launch(on_rank_waits_behind_its_neighbour, over_nodes, num_ranks=4, lost=[2])
 
 
 def on_rank_destroys_early(rank, backend):

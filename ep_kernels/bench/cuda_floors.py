@@ -3,7 +3,8 @@
 A GPU has to read and write the rows in its own memory, and to send and receive those that cross to
 another GPU. Both go on at once, so the floor is the larger time, and that of the busiest GPU.
 
-    dispatch   memory: a token that is sent is read once, a row is written for each destination
+    dispatch   memory: a token that is sent is read once, a row is written for each destination; a
+                       row that crossed once for several experts is read again to be copied
                link:   a row crosses once per (token, destination rank), in either layout
     combine    memory: those rows are read, and every token is written
                link:   every row of another GPU crosses: sums are made where the token is
@@ -28,11 +29,13 @@ class RowCounts:
         num_tokens: of each rank.
         num_sent_tokens: those of each rank that have an expert.
         rows: by layout, then [source rank][destination rank].
+        num_shared: [source rank][destination rank] tokens that several experts there want.
     """
 
     num_tokens: list[int]
     num_sent_tokens: list[int]
     rows: dict[str, Matrix]
+    num_shared: Matrix
 
     def max_recv_rows(self, layout: str) -> int:
         """Rows of the rank that gets most."""
@@ -79,17 +82,19 @@ def count_rows(workload: Workload) -> RowCounts:
 
 
 def _count_rows(topk_idxs: list[torch.Tensor], num_local_experts: int) -> RowCounts:
-    by_rank, by_expert, num_sent = [], [], []
+    by_rank, by_expert, num_shared, num_sent = [], [], [], []
     for topk_idx in topk_idxs:
         chosen = torch.where(topk_idx >= 0, topk_idx // num_local_experts, -1)
         choices = [chosen == rank for rank in range(len(topk_idxs))]
         by_rank.append([int(choice.any(1).sum()) for choice in choices])
         by_expert.append([int(choice.sum()) for choice in choices])
+        num_shared.append([int((choice.sum(1) > 1).sum()) for choice in choices])
         num_sent.append(int((topk_idx >= 0).any(1).sum()))
     return RowCounts(
         num_tokens=[topk_idx.shape[0] for topk_idx in topk_idxs],
         num_sent_tokens=num_sent,
         rows={"rank_major": by_rank, "expert_major": by_expert},
+        num_shared=num_shared,
     )
 
 
@@ -108,6 +113,8 @@ def floor_of(
             if src % num_gpus != dst % num_gpus:
                 sent[src % num_gpus] += crossing[src][dst]
                 received[dst % num_gpus] += crossing[src][dst]
+                if is_dispatch and layout == "expert_major":
+                    memory[dst % num_gpus] += counts.num_shared[src][dst]
     link_bytes = max(*sent, *received) * row_bytes
     return Floor(
         memory_s=max(memory) * row_bytes / rates.memory,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -56,11 +57,12 @@ class _FreshRouting:
 
 @dataclass(frozen=True)
 class _Call:
-    """What a rank announces about a call: properties that must agree, an error, its data."""
+    """What a rank announces about a call: properties that must agree, an error, its data, when."""
 
     fields: dict[str, Any]
     error: str | None
     data: Any
+    time_ns: int
 
 
 class Buffer:
@@ -144,6 +146,8 @@ class Buffer:
         async_op: bool = False,
         previous_event: Any = None,
         num_sms: int | None = None,
+        cumulative_recv_stats: torch.Tensor | None = None,
+        wait_recv_cost_stats: torch.Tensor | None = None,
     ) -> DispatchResult:
         del async_op
         self._check_alive()
@@ -155,10 +159,12 @@ class Buffer:
             checks.check_weights(topk_weights, (num_tokens, num_topk))
             if num_sms is not None:
                 checks.check_int("num_sms", num_sms, 1)
+            self._check_stats(cumulative_recv_stats, wait_recv_cost_stats)
             fields = _routing_fields(routing, handle) | _row_fields(x, topk_weights)
         _wait(previous_event)
         sent = None if refusal.message else (_packed(x), topk_weights, routing)
-        xs, weights, routings = zip(*self._exchange("dispatch", fields, refusal.message, sent))
+        calls = self._exchange("dispatch", fields, refusal.message, sent, wait_recv_cost_stats)
+        xs, weights, routings = zip(*calls)
         is_cached = handle is not None
         if handle is None:
             handle = self._new_handle(routings)
@@ -172,6 +178,8 @@ class Buffer:
             expert_alignment=handle.expert_alignment,
             capacity=handle.capacities[self.rank],
         )
+        if cumulative_recv_stats is not None:
+            cumulative_recv_stats += result.num_recv_tokens_per_expert
         recv_topk_idx = None if is_cached else result.recv_topk_idx
         return replace(result, handle=handle, recv_topk_idx=recv_topk_idx)
 
@@ -185,6 +193,7 @@ class Buffer:
         async_op: bool = False,
         previous_event: Any = None,
         num_sms: int | None = None,
+        wait_recv_cost_stats: torch.Tensor | None = None,
     ) -> CombineResult:
         del async_op
         self._check_alive()
@@ -202,10 +211,12 @@ class Buffer:
             checks.check_bias(bias, x, num_tokens)
             if num_sms is not None:
                 checks.check_int("num_sms", num_sms, 1)
+            self._check_stats(None, wait_recv_cost_stats)
             fields = {"handle": handle.number} | _row_fields(x, topk_weights)
         _wait(previous_event)
         sent = (x, topk_weights)
-        xs, weights = zip(*self._exchange("combine", fields, refusal.message, sent))
+        calls = self._exchange("combine", fields, refusal.message, sent, wait_recv_cost_stats)
+        xs, weights = zip(*calls)
         return spec.combine(
             xs,
             handle.rows,
@@ -235,10 +246,18 @@ class Buffer:
         self.destroy()
 
     def _exchange(
-        self, operation: str, fields: dict[str, Any], error: str | None, data: Any = None
+        self,
+        operation: str,
+        fields: dict[str, Any],
+        error: str | None,
+        data: Any = None,
+        waited_us: torch.Tensor | None = None,
     ) -> list[Any]:
-        """The data of all ranks, or the same refusal on all of them."""
-        mine = _Call({"operation": operation, **fields}, error, data if error is None else None)
+        """The data of all ranks, or the same refusal on all of them. Adds to `waited_us` how much
+        later than this rank each one came."""
+        now_ns = time.time_ns()
+        announced = {"operation": operation, **fields}
+        mine = _Call(announced, error, data if error is None else None, now_ns)
         calls: list[_Call] = self._bootstrap.all_gather(mine)
         if error is not None:
             raise EPConfigError(error)
@@ -252,6 +271,8 @@ class Buffer:
                     raise EPConfigError(
                         f"ranks disagree on {field}: {first} on rank 0, {other} on rank {rank}"
                     )
+        if waited_us is not None:
+            waited_us += torch.tensor([max(0, call.time_ns - now_ns) // 1000 for call in calls])
         return [call.data for call in calls]
 
     def _new_handle(self, routings: Sequence[_FreshRouting]) -> Handle:
@@ -279,6 +300,11 @@ class Buffer:
             topk_idxs=topk_idxs,
             capacities=capacities,
             rows=rows,
+        )
+
+    def _check_stats(self, recv: Any, wait: Any) -> None:
+        checks.check_stats(
+            recv, wait, num_local_experts=self.num_local_experts, num_ranks=self.num_ranks
         )
 
     def _check_alive(self) -> None:

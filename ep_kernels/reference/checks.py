@@ -41,6 +41,15 @@ def check_tensor(
     return value
 
 
+def check_stats(recv: Any, wait: Any, *, num_local_experts: int, num_ranks: int) -> None:
+    """cumulative_recv_stats and wait_recv_cost_stats; None where there are none."""
+    if recv is not None:
+        dtypes, shape = (torch.int32, torch.int64), (num_local_experts,)
+        check_tensor("cumulative_recv_stats", recv, dtypes=dtypes, shape=shape)
+    if wait is not None:
+        check_tensor("wait_recv_cost_stats", wait, dtypes=(torch.int64,), shape=(num_ranks,))
+
+
 def check_row_bytes(name: str, x: torch.Tensor) -> None:
     row_bytes = x.shape[1] * x.element_size()
     check(

@@ -343,6 +343,10 @@ class EPSection(Section):
     """Memory for results on each rank."""
     num_chunks: PositiveInt | Literal["auto"] = 1
     """Cut a micro-batch into so many parts, whose transfers overlap with the experts of others."""
+    recompute_transfers: bool = False
+    """Where Megatron recomputes a MoE layer, communicate again in place of keeping what arrived."""
+    fp8_dispatch: bool = False
+    """Rows travel to the experts as fp8 (e4m3, a scale for 128 channels); gradients do not."""
     reference: bool = False
     """Use ep_kernels.reference (plain PyTorch) in place of the compiled library."""
 

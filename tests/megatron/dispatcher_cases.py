@@ -16,7 +16,9 @@ CAPACITY = dict(moe_expert_capacity_factor=1.0)
 def make_dispatchers(case, grid):
     """Of two layers; the experts are the function below."""
     made = [layers.make_layer(case, grid, name) for name in ("alltoall", "deepep")]
-    return [layer.token_dispatcher for layer in made]
+    judge, dispatcher = (layer.token_dispatcher for layer in made)
+    dispatcher.expect_topk(None)  # maps here are not of the layer's router
+    return judge, dispatcher
 
 
 def experts(rows, tokens_per_expert, probs):
@@ -203,10 +205,12 @@ def check_cuda_graph_parts(rank):
     with layers.megatron(grid):
         routing_map, probs = make_routing(0, "sparse", 12, 8)
         hidden = torch.randn(6, 2, HIDDEN, dtype=torch.float64)
+        padded = dict(moe_pad_expert_input_to_capacity=True)
         for scope, options, width in (
-            ([attention], {}, int(routing_map.sum(1).max())),
+            ([attention], {}, 3),
+            ([attention], padded, int(routing_map.sum(1).max())),
             ([router, preprocess], {}, 3),
-            ([router, preprocess], dict(moe_pad_expert_input_to_capacity=True), 8),
+            ([router, preprocess], padded, 8),
         ):
             dispatcher = make(scope, **options)
             _, weights = dispatcher.dispatch_preprocess(hidden, routing_map, probs)

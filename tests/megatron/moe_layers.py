@@ -192,13 +192,14 @@ def make_layer(case: Case, grid: Grid, dispatcher: str, *, seed: int = SEED) -> 
     spec = get_moe_module_spec(use_te=False, num_experts=case.num_experts)
     layer = build_module(spec, config=make_config(case, grid, dispatcher))
     layer.set_layer_number(1)
-    return layer.to(case.dtype).train()
+    return layer.to(rank_device(), case.dtype).train()  # a shared expert's gate is made on the CPU
 
 
 def make_input(rank: int, case: Case, *, micro_batch: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states [S, 2, HIDDEN] and the gradient of the output, a rank's own."""
     generator = torch.Generator().manual_seed(SEED + 1000 * micro_batch + rank)
-    shape = (case.seq_length[rank % len(case.seq_length)], 2, HIDDEN)
+    width = case.options.get("hidden_size", HIDDEN)
+    shape = (case.seq_length[rank % len(case.seq_length)], 2, width)
     hidden, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
     device = rank_device()
     return hidden.to(device, case.dtype).requires_grad_(), grad.to(device, case.dtype)

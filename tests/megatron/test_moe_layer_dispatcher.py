@@ -77,6 +77,15 @@ def test_topk_idx_lists_experts_in_ascending_order():
     assert to_topk_idx(routing_map[1:2]).tolist() == [[-1]]
 
 
+@pytest.mark.parametrize("num_experts", [3, 4])
+def test_more_experts_than_expected_are_an_error(num_experts):
+    routing_map = torch.tensor(
+        [[1, 1, 0, 0, 0], [1] * num_experts + [0] * (5 - num_experts)]
+    ).bool()
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        to_topk_idx(routing_map, num_topk=2)
+
+
 def test_slices_of_an_expert_are_neighbours_in_number_and_rank():
     topk_idx, weights = slice_experts(
         torch.tensor([[0, 3, -1]]), torch.tensor([[0.5, 0.2, 0.0]]), 2

@@ -4,14 +4,20 @@ Gradients of the experts' parameters are summed in another order, and a GEMM may
 kernel for fewer rows: 1e-12 in fp64 bounds both.
 """
 
+from collections import Counter
+from unittest import mock
+
 import moe_layers as layers
 import pytest
 import torch
 import torch.distributed as dist
 from moe_layers import Case, Grid
 from rank_devices import rank_device
+from recompute_cases import counting
 
 import megatron_ep
+from megatron_ep import choose_chunks
+from megatron_ep.chunk_run import GradientSums
 
 pytestmark = pytest.mark.over_devices
 
@@ -63,39 +69,94 @@ def test_options_of_the_layer_are_kept(ranks, num_ranks, grid, name):
     check(ranks, grid, [Case(topk=topk, options=OPTIONS[name])], 3)
 
 
-def test_few_tokens_are_not_cut_automatically(ranks):
-    check(ranks, Grid(ep=2), [Case()], "auto", atol=0)
-
-
 def on_rank_count_calls(rank, num_chunks):
-    """Dispatches and combines of a forward and a backward, and how often a parameter's hook ran."""
-    case, counts = Case(seq_length=(400,)), {"dispatch": 0, "combine": 0, "hook": 0}
+    """Calls of a forward, a backward and a forward without gradients, and how often a parameter's
+    hook ran.
+    """
+    case, counts, hooks = Case(), Counter(), []
     with layers.megatron(Grid(ep=2), num_chunks=num_chunks):
         layer = layers.make_layer(case, Grid(ep=2), "deepep")
-        buffer = layer.token_dispatcher.buffer(rank_device())
-
-        def count(name, function):
-            def counted(*args, **options):
-                counts[name] += 1
-                return function(*args, **options)
-
-            return counted
-
-        buffer.dispatch = count("dispatch", buffer.dispatch)
-        buffer.combine = count("combine", buffer.combine)
-        parameter = next(layer.experts.parameters())
-        parameter.register_post_accumulate_grad_hook(count("hook", lambda _: None))
-        layers.run_layer(rank, layer, case)
-        with torch.no_grad():
-            layer(layers.make_input(rank, case)[0])
-    return counts
+        with counting(layer.token_dispatcher.buffer(rank_device()), counts):
+            parameter = next(layer.experts.parameters())
+            parameter.register_post_accumulate_grad_hook(hooks.append)
+            layers.run_layer(rank, layer, case)
+            with torch.no_grad():
+                layer(layers.make_input(rank, case)[0])
+    return counts, len(hooks)
 
 
-@pytest.mark.parametrize(("num_chunks", "expected"), [(1, 1), (3, 3), ("auto", 3)])
-def test_every_chunk_travels_once_and_a_parameter_gets_one_gradient(ranks, num_chunks, expected):
-    # 800 tokens with 2 of 4 experts each: at least 3 * 256 rows for each expert, with this seed
-    for counts in ranks.run(on_rank_count_calls, num_chunks):
-        assert counts == {"dispatch": 3 * expected, "combine": 3 * expected, "hook": 1}
+@pytest.mark.parametrize("num_chunks", [1, 3])
+def test_every_chunk_travels_once_and_a_parameter_gets_one_gradient(ranks, num_chunks):
+    for counts, num_hooks in ranks.run(on_rank_count_calls, num_chunks):
+        assert counts["dispatch"] == counts["combine"] == 3 * num_chunks
+        assert counts["routing"] == 2 * (num_chunks - 1)
+        assert num_hooks == 1
+
+
+class Padded(torch.nn.Module):
+    """Experts that want to see groups of a size, and keep what they saw."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.experts, self.counts = experts, []
+
+    def forward(self, rows, tokens_per_expert, probs):
+        self.counts.append(tokens_per_expert)
+        return self.experts(rows, tokens_per_expert, probs)
+
+
+def on_rank_padded(rank):
+    """Gradients, and the sizes of groups, with groups that are padded to 16 rows."""
+    case, results = Case(late_options=dict(moe_router_padding_for_quantization=True)), []
+    for num_chunks in (1, 3):
+        with layers.megatron(Grid(ep=2), num_chunks=num_chunks):
+            layer = layers.make_layer(case, Grid(ep=2), "deepep")
+            layer.token_dispatcher.expert_alignment = 16
+            layer.experts = Padded(layer.experts)
+            results.append((layers.run_layer(rank, layer, case), layer.experts.counts))
+    (one, _), (other, counts) = results
+    return [layers.compare(rank, one, other)], torch.stack(counts)
+
+
+def test_every_chunk_has_groups_of_the_size_asked_for(ranks):
+    for differences, counts in ranks.run(on_rank_padded):
+        layers.assert_close([differences], [Case()], atol=ATOL)
+        assert len(counts) == 3
+        assert not (counts % 16).any()
+
+
+def on_rank_auto(rank, choice):
+    """Chunks of forwards with "auto", when the estimate chooses so; the times that it was given."""
+    case, seen, times = Case(seq_length=(400,)), [], []
+
+    def choose(given, *, rows_per_expert):
+        times.append((given, rows_per_expert))
+        return choice
+
+    with (
+        mock.patch.object(choose_chunks, "choose", choose),
+        layers.megatron(Grid(ep=2), num_chunks="auto"),
+    ):
+        layer = layers.make_layer(case, Grid(ep=2), "deepep")
+        for _ in range(choose_chunks.WARM_UP + choose_chunks.TIMED + 2):
+            counts = Counter()
+            with counting(layer.token_dispatcher.buffer(rank_device()), counts):
+                layers.run_layer(rank, layer, case)
+            seen.append(counts["combine"] // 2)
+    return seen, times
+
+
+def test_the_choice_is_made_once_and_all_ranks_are_given_the_same_times(ranks):
+    by_rank = ranks.run(on_rank_auto, 3)
+    assert by_rank[0] == by_rank[1]
+    seen, ((times, rows),) = by_rank[0]
+    num_before = choose_chunks.WARM_UP + choose_chunks.TIMED
+    assert seen == [1] * num_before + [3] * 2
+    assert rows == 800 * 2 // 2
+    assert times.dispatch > 0
+    assert times.experts > 0
+    assert times.combine > 0
+    assert times.call > 0
 
 
 def on_rank_in_flight(rank, grid, case, orders):
@@ -110,6 +171,21 @@ def test_several_micro_batches_may_be_in_flight(ranks):
     case, orders = Case(), ["F0 F1 B1 B0", "F0 F1 B0 F2 B2 B1"]
     by_rank = ranks.run(on_rank_in_flight, Grid(ep=2), case, orders)
     layers.assert_close(by_rank, [case] * len(orders), atol=1e-10)
+
+
+def test_gradients_are_summed_unless_a_gemm_has_done_so():
+    shapes = [(2,), (3, 2), (1,), (4,)]
+    parameters = [torch.zeros(shape) for shape in shapes]
+    parameters[3].grad_added_to_main_grad = True
+    sums = GradientSums(parameters)
+    chunks = [[torch.full(shape, 10.0**chunk) for shape in shapes] for chunk in range(3)]
+    chunks[0][1] = chunks[1][0] = None
+    for grads in chunks:
+        grads[2] = None
+        sums.add(grads)
+    assert sums.totals[2] is None
+    means = [total.mean().item() for total in sums.totals if total is not None]
+    assert means == [101.0, 110.0, 1.0]
 
 
 class Transposed(torch.nn.Module):
@@ -161,6 +237,10 @@ def on_rank_errors(rank):
     with layers.megatron(Grid(ep=2), num_chunks=2):
         for late_options, problem in (
             ({"delay_wgrad_compute": True}, "delay_wgrad_compute=False"),
+            (
+                {"overlap_moe_expert_parallel_comm": True},
+                "overlap_moe_expert_parallel_comm=False, which takes the layer's steps apart",
+            ),
             (recomputed, "moe_act among recompute_modules"),
         ):
             with pytest.raises(ValueError, match=problem):

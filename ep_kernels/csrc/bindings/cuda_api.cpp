@@ -16,7 +16,7 @@ struct EpCudaBlock {
   int64_t offset;
 };
 
-static_assert(sizeof(EpReceive) == 4 * 4 * sizeof(int64_t));
+static_assert(sizeof(EpReceive) == 5 * 3 * sizeof(int64_t));
 
 namespace {
 
@@ -67,10 +67,14 @@ int32_t ep_cuda_buffer_create(const EpCudaConfig* config, EpCudaBuffer** buffer,
   });
 }
 
-int32_t ep_cuda_buffer_attach(EpCudaBuffer* buffer, const uint8_t* handles, EpError* error) {
-  return guarded(
-      error, [&] { buffer->impl.attach(reinterpret_cast<const cudaIpcMemHandle_t*>(handles)); });
+int32_t ep_cuda_buffer_attach(EpCudaBuffer* buffer, const uint8_t* handles, uint64_t remote_ranks,
+                              EpError* error) {
+  return guarded(error, [&] {
+    buffer->impl.attach(reinterpret_cast<const cudaIpcMemHandle_t*>(handles), remote_ranks);
+  });
 }
+
+int32_t ep_cuda_chains_rows(EpCudaBuffer* buffer) { return buffer->impl.chains_rows(); }
 
 int32_t ep_cuda_buffer_destroy(EpCudaBuffer* buffer, EpError* error) {
   return guarded(error, [&] { buffer->impl.destroy(); });
@@ -113,14 +117,12 @@ int32_t ep_cuda_dispatch_fresh(EpCudaBuffer* buffer, const ep::HtDispatchArgs* a
                                int64_t* call, EpError* error) {
   return guarded(error, [&] {
     EpReceivedRows* const rows[] = {&receive->x, &receive->scales, &receive->topk_idx,
-                                    &receive->topk_weights};
+                                    &receive->topk_weights, &receive->chain};
     ep::cuda::Received received;
     ep::cuda::Block* const blocks[] = {&received.x, &received.scales, &received.topk_idx,
-                                       &received.topk_weights};
-    *call = buffer->impl.dispatch_fresh(
-        *args, {rows[0]->row_bytes, rows[1]->row_bytes, rows[2]->row_bytes, rows[3]->row_bytes},
-        as_order(order), &received);
-    for (int i = 0; i < 4; ++i) hand_out(buffer, *blocks[i], rows[i]);
+                                       &received.topk_weights, &received.chain};
+    *call = buffer->impl.dispatch_fresh(*args, as_order(order), &received);
+    for (int i = 0; i < 5; ++i) hand_out(buffer, *blocks[i], rows[i]);
     const ep::cuda::CallRecord& found = buffer->impl.record(*call);
     const int num_local = buffer->impl.num_local_experts();
     counts->num_rows = found.recv_sizes[0];

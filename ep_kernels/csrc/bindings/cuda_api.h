@@ -28,14 +28,13 @@ struct EpCallOrder {
 
 /// Memory for one of the results of a dispatch.
 struct EpReceivedRows {
-  int64_t row_bytes;   // in: of a row; -1: there is no such result
-  EpCudaBlock* block;  // out: to be freed by the caller; null if there is none or it is empty
-  void* address;       // out
-  int64_t offset;      // out: in the pool
+  EpCudaBlock* block;  // to be freed by the caller; null if there is none or it is empty
+  void* address;
+  int64_t offset;  // in the pool
 };
 
 struct EpReceive {
-  EpReceivedRows x, scales, topk_idx, topk_weights;
+  EpReceivedRows x, scales, topk_idx, topk_weights, chain;
 };
 
 /// What the host learns of a fresh dispatch: the number of rows; as in HtRouting, in host memory,
@@ -53,8 +52,12 @@ EP_API void ep_cuda_abi_sizes(int32_t sizes[8]);
 /// `handle`: 64 bytes that peers need to map this rank's memory.
 EP_API int32_t ep_cuda_buffer_create(const EpCudaConfig* config, EpCudaBuffer** buffer,
                                      uint8_t* handle, EpError* error);
-/// `handles`: [num_ranks, 64].
-EP_API int32_t ep_cuda_buffer_attach(EpCudaBuffer* buffer, const uint8_t* handles, EpError* error);
+/// `handles`: [num_ranks, 64]. `remote_ranks`: a bit for each peer to which a row of an
+/// expert-major dispatch crosses a link only once; the same on both sides.
+EP_API int32_t ep_cuda_buffer_attach(EpCudaBuffer* buffer, const uint8_t* handles,
+                                     uint64_t remote_ranks, EpError* error);
+/// Whether expert-major results of this rank come with chain words.
+EP_API int32_t ep_cuda_chains_rows(EpCudaBuffer* buffer);
 EP_API int32_t ep_cuda_buffer_destroy(EpCudaBuffer* buffer, EpError* error);
 EP_API void ep_cuda_buffer_delete(EpCudaBuffer* buffer);
 

@@ -93,8 +93,8 @@ int32_t ep_lane_check_usable(EpBuffer* buffer, EpError* error) {
   return guarded(error, [&] { buffer->impl.check_usable(); });
 }
 
-int32_t ep_lane_wait_slot(EpBuffer* buffer, uint64_t seq, EpError* error) {
-  return guarded(error, [&] { buffer->impl.exchange().wait_slot(seq); });
+int32_t ep_lane_wait_slot(EpBuffer* buffer, uint64_t seq, int64_t* waited_us, EpError* error) {
+  return guarded(error, [&] { buffer->impl.exchange().wait_slot(seq, waited_us); });
 }
 
 int32_t ep_lane_send_post(EpBuffer* buffer, uint64_t seq, int32_t src, const LanePost* post,
@@ -103,9 +103,10 @@ int32_t ep_lane_send_post(EpBuffer* buffer, uint64_t seq, int32_t src, const Lan
                  [&] { buffer->impl.exchange().send_post(seq, src, post->post, post->counts()); });
 }
 
-int32_t ep_lane_wait_posts(EpBuffer* buffer, uint64_t seq, ep::Offer* offers, EpError* error) {
+int32_t ep_lane_wait_posts(EpBuffer* buffer, uint64_t seq, ep::Offer* offers, int64_t* waited_us,
+                           EpError* error) {
   return guarded(error, [&] {
-    buffer->impl.exchange().wait_posts(seq);
+    buffer->impl.exchange().wait_posts(seq, waited_us);
     const std::vector<ep::Offer> posted = buffer->impl.posted_offers(seq);
     std::copy(posted.begin(), posted.end(), offers);
   });
@@ -116,9 +117,10 @@ int32_t ep_lane_send_offer(EpBuffer* buffer, uint64_t seq, int32_t src, const ep
   return guarded(error, [&] { buffer->impl.exchange().send_offer(seq, src, *offer); });
 }
 
-int32_t ep_lane_wait_offers(EpBuffer* buffer, uint64_t seq, ep::Offer* offers, EpError* error) {
+int32_t ep_lane_wait_offers(EpBuffer* buffer, uint64_t seq, ep::Offer* offers, int64_t* waited_us,
+                            EpError* error) {
   return guarded(error, [&] {
-    const std::vector<ep::Offer> found = buffer->impl.exchange().wait_offers(seq);
+    const std::vector<ep::Offer> found = buffer->impl.exchange().wait_offers(seq, waited_us);
     std::copy(found.begin(), found.end(), offers);
   });
 }
@@ -127,8 +129,8 @@ int32_t ep_lane_done(EpBuffer* buffer, uint64_t seq, EpError* error) {
   return guarded(error, [&] { buffer->impl.exchange().send_done(seq); });
 }
 
-int32_t ep_lane_wait_done(EpBuffer* buffer, uint64_t seq, EpError* error) {
-  return guarded(error, [&] { buffer->impl.exchange().wait_done(seq); });
+int32_t ep_lane_wait_done(EpBuffer* buffer, uint64_t seq, int64_t* waited_us, EpError* error) {
+  return guarded(error, [&] { buffer->impl.exchange().wait_done(seq, waited_us); });
 }
 
 int32_t ep_lane_waiting_for(EpBuffer* buffer, int32_t rank, EpError* error) {

@@ -6,7 +6,7 @@
 // The steps of a call over several nodes, one function each, and the messages between nodes:
 // ep_kernels/hierarchical.py orders the steps and carries the messages (docs/multi-node.md).
 // Functions return an EpStatus, as in c_api.h. `seq` is the number of the call; `offers` is
-// [num_ranks].
+// [num_ranks]; `waited_us`, [num_ranks] or null, is where the call counts its waits.
 
 /// Sizes of LanePost, OfferSlot, LaneTokensArgs, LanePackArgs, LanePlanArgs, LaneSums,
 /// LaneMergeArgs: Python compares.
@@ -30,18 +30,20 @@ EP_API int32_t ep_lane_offer(const ep::HtDispatchArgs* args, const char* no_memo
 
 EP_API int32_t ep_lane_begin(EpBuffer* buffer, uint64_t* seq, EpError* error);
 EP_API int32_t ep_lane_check_usable(EpBuffer* buffer, EpError* error);
-EP_API int32_t ep_lane_wait_slot(EpBuffer* buffer, uint64_t seq, EpError* error);
+EP_API int32_t ep_lane_wait_slot(EpBuffer* buffer, uint64_t seq, int64_t* waited_us,
+                                 EpError* error);
 EP_API int32_t ep_lane_send_post(EpBuffer* buffer, uint64_t seq, int32_t src,
                                  const ep::cpu::LanePost* post, EpError* error);
 /// Also writes the offers that came with the posts.
 EP_API int32_t ep_lane_wait_posts(EpBuffer* buffer, uint64_t seq, ep::Offer* offers,
-                                  EpError* error);
+                                  int64_t* waited_us, EpError* error);
 EP_API int32_t ep_lane_send_offer(EpBuffer* buffer, uint64_t seq, int32_t src,
                                   const ep::OfferSlot* offer, EpError* error);
 EP_API int32_t ep_lane_wait_offers(EpBuffer* buffer, uint64_t seq, ep::Offer* offers,
-                                   EpError* error);
+                                   int64_t* waited_us, EpError* error);
 EP_API int32_t ep_lane_done(EpBuffer* buffer, uint64_t seq, EpError* error);
-EP_API int32_t ep_lane_wait_done(EpBuffer* buffer, uint64_t seq, EpError* error);
+EP_API int32_t ep_lane_wait_done(EpBuffer* buffer, uint64_t seq, int64_t* waited_us,
+                                 EpError* error);
 /// Says for which rank of another node this rank waits, -1 = none.
 EP_API int32_t ep_lane_waiting_for(EpBuffer* buffer, int32_t rank, EpError* error);
 /// Ends all use of the buffer: this rank gave up on `peer`.

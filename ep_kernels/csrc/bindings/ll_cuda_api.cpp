@@ -90,6 +90,12 @@ int32_t ep_cuda_ll_query_mask(EpCudaLowLatency* low_latency, uint8_t* is_masked,
   });
 }
 
+int32_t ep_cuda_ll_stamps(EpCudaLowLatency* low_latency, uint64_t* stamps, void* stream,
+                          EpError* error) {
+  static_assert(ep::cuda::kNumLlStamped == 64 && ep::cuda::kNumLlStamps == 12);
+  return guarded(error, [&] { low_latency->impl.stamps(stamps, as_stream(stream)); });
+}
+
 int32_t ep_cuda_ll_is_finished(EpCudaLowLatency* low_latency, int64_t number) {
   return low_latency->impl.is_finished(number);
 }

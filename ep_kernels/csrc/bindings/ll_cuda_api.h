@@ -41,6 +41,10 @@ EP_API int32_t ep_cuda_ll_unmask(EpCudaLowLatency* low_latency, int32_t rank, vo
 EP_API int32_t ep_cuda_ll_query_mask(EpCudaLowLatency* low_latency, uint8_t* is_masked,
                                      void* stream, EpError* error);
 
+/// stamps: [64, 12] uint64 in host memory, see cuda::LlStamp; call number n is in row n % 64.
+EP_API int32_t ep_cuda_ll_stamps(EpCudaLowLatency* low_latency, uint64_t* stamps, void* stream,
+                                 EpError* error);
+
 EP_API int32_t ep_cuda_ll_is_finished(EpCudaLowLatency* low_latency, int64_t number);
 /// Waits on the host, then reports the call's error.
 EP_API int32_t ep_cuda_ll_wait(EpCudaLowLatency* low_latency, int64_t number, EpError* error);

@@ -42,6 +42,10 @@ struct HtDispatchArgs {
   const uint8_t* topk_weights;  ///< [T, K, weight_bytes]
   HtRouting routing;
   int64_t recv_x, recv_scales, recv_topk_idx, recv_topk_weights;  ///< pool offsets, -1 = none
+  int64_t recv_chain;  ///< pool offset of int32 [N] chain words (core/routing.h), -1 = none (CUDA)
+  void* cumulative_recv_stats;     ///< [L] tokens received are added, or null
+  int64_t* wait_recv_cost_stats;   ///< [R] microseconds waited are added, or null
+  int64_t cumulative_stats_bytes;  ///< of one element: 4 or 8
   HtSizes sizes;
 };
 
@@ -54,6 +58,7 @@ struct HtCombineArgs {
   int32_t stage_x, stage_topk_weights;  ///< nonzero: copy x to pool_x first
   uint8_t* out;                         ///< [T, row_bytes]
   uint8_t* out_topk_weights;            ///< [T, K] or null
+  int64_t* wait_recv_cost_stats;        ///< [R] microseconds waited are added, or null
   int64_t num_rows;                     ///< rows of x
   HtSizes sizes;
 };

@@ -14,6 +14,12 @@ namespace ep {
 
 constexpr size_t kLlAlignment = 4096;
 
+/// Words behind a post: on the GPU its words by halves, then the counts; on the CPU the counts
+/// only.
+EP_HOST_DEVICE constexpr size_t ll_tagged_words(int num_experts) {
+  return 2 * (offsetof(LlPost, text) / sizeof(uint64_t)) + static_cast<size_t>(num_experts);
+}
+
 /// Byte offsets of the control words in the region.
 ///
 ///   | mask lines [R] | post flags [S][R] | done lines [S][R] | posts [S][R] |
@@ -28,7 +34,8 @@ struct LlControlLayout {
         done_lines(0),
         posts(0),
         num_bytes(0),
-        post_stride(align_up(sizeof(LlPost) + size_t{4} * num_experts, size_t{64})),
+        post_stride(
+            align_up(sizeof(LlPost) + sizeof(uint64_t) * ll_tagged_words(num_experts), size_t{64})),
         num_ranks(ranks) {
     const size_t num_slots = static_cast<size_t>(kNumLlSlots) * ranks;
     Carver carve;

@@ -87,6 +87,7 @@ struct Offer {
   int64_t scales = -1;
   int64_t topk_idx = -1;
   int64_t topk_weights = -1;
+  int64_t chain = -1;  ///< dispatch, CUDA: peers on other devices write rows once, and chain words
 };
 
 /// A rank's announcement of a call. Followed in its slot by int32 counts: rows for each rank

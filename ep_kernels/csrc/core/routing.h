@@ -32,4 +32,21 @@ EP_HOST_DEVICE bool carries_row(int32_t route) { return route >= 0 && (route & k
 
 EP_HOST_DEVICE int route_rank(int32_t route) { return route < 0 ? -1 : route & ~kSharedRow; }
 
+/// Chain words: on a rank that is sent a token's row once, although several of its experts want it,
+/// the token's rows are a chain, from the one that was sent to the last. The word of a row tells
+/// the next one; that of a first row is its number, of a later one its complement.
+///
+/// Example: rows 4, 9 and 7 want the same token -> word[4] = 9, word[9] = ~7, word[7] = ~end. A row
+/// that is alone has the word `end`.
+constexpr int32_t kEndOfChain = INT32_MAX;
+
+EP_HOST_DEVICE int32_t first_in_chain(int32_t next) { return next; }
+
+EP_HOST_DEVICE int32_t later_in_chain(int32_t next) { return ~next; }
+
+/// Whether the row of this word has to be copied to others.
+EP_HOST_DEVICE bool begins_chain(int32_t word) { return word >= 0 && word != kEndOfChain; }
+
+EP_HOST_DEVICE int32_t next_in_chain(int32_t word) { return word < 0 ? ~word : word; }
+
 }  // namespace ep

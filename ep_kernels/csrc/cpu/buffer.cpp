@@ -144,7 +144,8 @@ void Buffer::move_rows(uint64_t seq, const HtDispatchArgs& args, const std::vect
   send_rows(transfer(), args, offers);
   fill_padding(transfer(), args);
   exchange_->send_done(seq);
-  exchange_->wait_done(seq);
+  exchange_->wait_done(seq, args.wait_recv_cost_stats);
+  add_recv_stats(group_, args);
 }
 
 uint64_t Buffer::notify(const HtDispatchArgs& args) {
@@ -161,9 +162,9 @@ uint64_t Buffer::notify(const HtDispatchArgs& args) {
   const uint64_t seq = next_seq();
   const auto exchange_counts = [&] {
     clear_routing(group_, args.sizes, args.routing);
-    exchange_->wait_slot(seq);
+    exchange_->wait_slot(seq, args.wait_recv_cost_stats);
     exchange_->send_post(seq, group_.rank, make_post(Op::kDispatch, args.sizes), counts.data());
-    exchange_->wait_posts(seq);
+    exchange_->wait_posts(seq, args.wait_recv_cost_stats);
     plan_rows(group_, args.sizes, exchange_->counts(seq), posted_capacities(seq).data(),
               args.routing);
   };
@@ -182,7 +183,8 @@ std::shared_ptr<PendingOp> Buffer::send(uint64_t seq, const HtDispatchArgs& args
                                         const std::string& offer_error, bool is_async) {
   exchange_->send_offer(seq, group_.rank, make_offer(args, offer_error));
   return start(is_async, [this, seq, args] {
-    run_call(seq, [&] { move_rows(seq, args, exchange_->wait_offers(seq)); });
+    run_call(seq,
+             [&] { move_rows(seq, args, exchange_->wait_offers(seq, args.wait_recv_cost_stats)); });
   });
 }
 
@@ -208,9 +210,9 @@ std::shared_ptr<PendingOp> Buffer::dispatch(const HtDispatchArgs& args, bool is_
   return start(is_async, [this, seq, args, post, counts, is_fresh] {
     run_call(seq, [&] {
       if (is_fresh) clear_routing(group_, args.sizes, args.routing);
-      exchange_->wait_slot(seq);
+      exchange_->wait_slot(seq, args.wait_recv_cost_stats);
       exchange_->send_post(seq, group_.rank, post, counts.empty() ? nullptr : counts.data());
-      exchange_->wait_posts(seq);
+      exchange_->wait_posts(seq, args.wait_recv_cost_stats);
       if (!counts.empty())
         plan_rows(group_, args.sizes, exchange_->counts(seq), posted_capacities(seq).data(),
                   args.routing);
@@ -232,13 +234,13 @@ std::shared_ptr<PendingOp> Buffer::combine(const HtCombineArgs& args, bool is_as
   post.offer = rows_offer(args);
   return start(is_async, [this, seq, args, post] {
     run_call(seq, [&] {
-      exchange_->wait_slot(seq);
+      exchange_->wait_slot(seq, args.wait_recv_cost_stats);
       stage_rows(transfer(), args);
       exchange_->send_post(seq, group_.rank, post, nullptr);
-      exchange_->wait_posts(seq);
+      exchange_->wait_posts(seq, args.wait_recv_cost_stats);
       reduce_rows(transfer(), args, posted_offers(seq));
       exchange_->send_done(seq);
-      exchange_->wait_done(seq);
+      exchange_->wait_done(seq, args.wait_recv_cost_stats);
     });
   });
 }

@@ -56,25 +56,26 @@ class Exchange {
 
   const Config& config() const { return config_; }
 
-  // The steps of a call, in order. `seq` is the number of the call.
+  // The steps of a call, in order. `seq` is the number of the call; at `waited_us`, [num_ranks] or
+  // null, it counts the microseconds that it waits for each rank.
 
   /// Waits until every local rank has finished call seq - kNumSlots, whose slots this call reuses.
-  void wait_slot(uint64_t seq);
+  void wait_slot(uint64_t seq, int64_t* waited_us = nullptr);
   /// Announces the call to the node's ranks, for rank `src`: this one, or one that it is proxy of.
   /// `counts` is [num_ranks + num_experts] or null.
   void send_post(uint64_t seq, int src, const Post& post, const int32_t* counts);
   /// Waits until all ranks have announced the call; throws ConfigError unless they agree.
-  void wait_posts(uint64_t seq);
+  void wait_posts(uint64_t seq, int64_t* waited_us = nullptr);
   const Post& post(uint64_t seq, int src) const;
   /// Counts of all ranks, valid until this rank finishes the call.
   CountMatrix counts(uint64_t seq) const;
   void send_offer(uint64_t seq, int src, const OfferSlot& offer);
   /// Where the memory of every rank is. Throws DeviceError if a rank found none.
-  std::vector<Offer> wait_offers(uint64_t seq);
+  std::vector<Offer> wait_offers(uint64_t seq, int64_t* waited_us = nullptr);
   /// Says that this rank has written and read all it will for this call and those before.
   void send_done(uint64_t seq);
   /// Waits for send_done() of the node's ranks: the rows are here, and ours may be overwritten.
-  void wait_done(uint64_t seq);
+  void wait_done(uint64_t seq, int64_t* waited_us = nullptr);
 
   /// Tells the node's ranks whom this rank gave up on.
   void send_failed(const TimeoutRecord& record);
@@ -95,7 +96,12 @@ class Exchange {
 
   /// Waits for `flag`, one of this rank's own words, to reach `expected`; `peer`, or its proxy,
   /// writes it.
-  void wait_flag(const uint64_t* flag, uint64_t expected, int peer, Phase phase);
+  void wait_flag(const uint64_t* flag, uint64_t expected, int peer, Phase phase,
+                 int64_t* waited_us);
+  Clock::duration verdict_time() const;
+  bool waits_for_network(int proxy) const;
+  /// Whom a wait for `proxy` is really for: for it, unless it waits for another node itself.
+  int awaited_through(int proxy) const;
   [[noreturn]] void throw_expired(TimeoutRecord& record) const;
   void check_agreement(uint64_t seq) const;
 

@@ -23,6 +23,9 @@ void send_rows(const Transfer& transfer, const HtDispatchArgs& args,
 /// Fills what no peer writes in this rank's own results: alignment padding and unused rows.
 void fill_padding(const Transfer& transfer, const HtDispatchArgs& args);
 
+/// Counts the tokens of a dispatch that is over in its caller's statistics.
+void add_recv_stats(const Group& group, const HtDispatchArgs& args);
+
 /// Copies the rows of `x` that peers will read into this rank's pool, where `x` is not there yet.
 void stage_rows(const Transfer& transfer, const HtCombineArgs& args);
 

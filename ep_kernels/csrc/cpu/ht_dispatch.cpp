@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "core/math.h"
+#include "core/recv_stats.h"
 #include "core/types.h"
 #include "cpu/copy.h"
 #include "cpu/ht.h"
@@ -138,6 +139,13 @@ void fill_padding(const Transfer& transfer, const HtDispatchArgs& args) {
     const int64_t end = capacity < 0 ? offsets[local + 1] : std::min(offsets[local + 1], capacity);
     zero_rows(own, sizes, offsets[local] + args.routing.num_recv_tokens_per_expert[local], end);
   }
+}
+
+void add_recv_stats(const Group& group, const HtDispatchArgs& args) {
+  if (!args.cumulative_recv_stats) return;
+  for (int local = 0; local < num_local_experts(group, group.rank); ++local)
+    add_recv_tokens(args.cumulative_recv_stats, args.cumulative_stats_bytes, local,
+                    args.routing.num_recv_tokens_per_expert[local]);
 }
 
 }  // namespace ep::cpu

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/recv_stats.h"
 #include "cpu/low_latency.h"
 
 namespace ep::cpu {
@@ -14,13 +15,9 @@ int64_t microseconds_since(Clock::time_point start) {
 void add_stats(const Group& group, const LlDispatch& dispatch, const int32_t* arrived_counts) {
   const LlDispatchArgs& args = dispatch.args;
   if (!args.cumulative_recv_stats) return;
-  for (int local = 0; local < num_local_experts(group, group.rank); ++local) {
-    if (args.cumulative_stats_bytes == 8) {
-      static_cast<int64_t*>(args.cumulative_recv_stats)[local] += arrived_counts[local];
-    } else {
-      static_cast<int32_t*>(args.cumulative_recv_stats)[local] += arrived_counts[local];
-    }
-  }
+  for (int local = 0; local < num_local_experts(group, group.rank); ++local)
+    add_recv_tokens(args.cumulative_recv_stats, args.cumulative_stats_bytes, local,
+                    arrived_counts[local]);
 }
 
 void add_waits(const std::vector<int64_t>& waited_us, int64_t* stats) {

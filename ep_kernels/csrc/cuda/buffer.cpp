@@ -30,7 +30,12 @@ class CudaEvent {
 };
 
 Offer recv_offer(const HtDispatchArgs& args) {
-  return {0, args.recv_x, args.recv_scales, args.recv_topk_idx, args.recv_topk_weights};
+  return {0,
+          args.recv_x,
+          args.recv_scales,
+          args.recv_topk_idx,
+          args.recv_topk_weights,
+          args.recv_chain};
 }
 
 }  // namespace
@@ -47,13 +52,17 @@ void Buffer::launch_routing(int64_t call, const HtDispatchArgs& args, const Post
   launch_plan(group_, args, scratch_, stream_of_call_);
 }
 
-int64_t Buffer::dispatch_fresh(HtDispatchArgs args, const RowBytes& row_bytes,
-                               const CallOrder& order, Received* received) {
+void Buffer::move_rows(int64_t call, const HtDispatchArgs& args) {
+  launch_send(group_, args, record_of(call), stream_of_call_);
+  if (args.recv_chain >= 0) launch_copies(group_, args, record_of(call), stream_of_call_);
+}
+
+int64_t Buffer::dispatch_fresh(HtDispatchArgs args, const CallOrder& order, Received* received) {
   check_usable();
   validate(args);
   DeviceGuard guard(config_.device);
   take_scratch(args.sizes.num_tokens, order);
-  const int64_t call = begin_call(order);
+  const int64_t call = begin_call(order, args.wait_recv_cost_stats);
   launch_routing(call, args, make_post(Op::kDispatch, args.sizes));
   if (!wait_for_sizes(call)) {
     finish_call(call, order);
@@ -62,7 +71,7 @@ int64_t Buffer::dispatch_fresh(HtDispatchArgs args, const RowBytes& row_bytes,
   }
   std::string problem;
   try {
-    received->allocate(pool_, row_bytes, record_of(call)->recv_sizes[0]);
+    received->allocate(pool_, args.sizes, record_of(call)->recv_sizes[0], chains_rows());
   } catch (const DeviceError& error) {  // every rank has to learn of it
     problem = error.what();
   }
@@ -71,10 +80,11 @@ int64_t Buffer::dispatch_fresh(HtDispatchArgs args, const RowBytes& row_bytes,
   args.recv_scales = received->scales.offset;
   args.recv_topk_idx = received->topk_idx.offset;
   args.recv_topk_weights = received->topk_weights.offset;
+  args.recv_chain = received->chain.offset;
   Offer offer = recv_offer(args);
   offer.failed = !problem.empty();
   launch_offer(group_, offer, record_of(call), stream_of_call_);
-  launch_send(group_, args, record_of(call), stream_of_call_);
+  move_rows(call, args);
   end_call(call, order);
   if (problem.empty()) return call;
   EP_CHECK_CUDA(cudaEventSynchronize(end_event(call)));
@@ -106,7 +116,7 @@ int64_t Buffer::dispatch(const HtDispatchArgs& args, const CallOrder& order) {
   DeviceGuard guard(config_.device);
   const bool is_fresh = args.sizes.handle_seq < 0;
   if (is_fresh) take_scratch(args.sizes.num_tokens, order);
-  const int64_t call = begin_call(order);
+  const int64_t call = begin_call(order, args.wait_recv_cost_stats);
   PostArgs post = make_post(is_fresh ? Op::kDispatch : Op::kCachedDispatch, args.sizes);
   post.offer = recv_offer(args);
   if (is_fresh) {
@@ -114,7 +124,7 @@ int64_t Buffer::dispatch(const HtDispatchArgs& args, const CallOrder& order) {
   } else {
     launch_post(group_, post, record_of(call), stream_of_call_);
   }
-  launch_send(group_, args, record_of(call), stream_of_call_);
+  move_rows(call, args);
   end_call(call, order);
   return call;
 }
@@ -123,7 +133,7 @@ int64_t Buffer::combine(const HtCombineArgs& args, const CallOrder& order) {
   check_usable();
   validate(args);
   DeviceGuard guard(config_.device);
-  const int64_t call = begin_call(order);
+  const int64_t call = begin_call(order, args.wait_recv_cost_stats);
   const bool by_expert = static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor;
   const int64_t weights_per_row = by_expert ? 1 : args.sizes.num_topk;
   const auto stage = [&](int64_t offset, const uint8_t* from, int64_t row_bytes) {

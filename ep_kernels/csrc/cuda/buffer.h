@@ -36,6 +36,7 @@ class DeviceGuard {
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
+  int device_;
   int previous_ = 0;
 };
 
@@ -57,17 +58,14 @@ struct Block {
   int64_t offset = -1;
 };
 
-/// Of each result of a dispatch; -1 where there is none.
-struct RowBytes {
-  int64_t x, scales, topk_idx, topk_weights;
-};
-
 /// Memory for the results of a dispatch.
 struct Received {
-  Block x, scales, topk_idx, topk_weights;
+  Block x, scales, topk_idx, topk_weights, chain;
 
+  /// Takes what a dispatch of these sizes fills, expert-major with chain words if it `chains_rows`.
   /// Throws DeviceError if the pool is full.
-  void allocate(const std::shared_ptr<Pool>& pool, const RowBytes& row_bytes, int64_t num_rows);
+  void allocate(const std::shared_ptr<Pool>& pool, const HtSizes& sizes, int64_t num_rows,
+                bool chains_rows);
 };
 
 /// The capture that a stream takes part in, or 0.
@@ -105,8 +103,11 @@ class Buffer {
   ~Buffer();
 
   cudaIpcMemHandle_t memory_handle() const;
-  /// Maps the segments of all peers from their handles.
-  void attach(const cudaIpcMemHandle_t* handles);
+  /// Maps the segments of all peers from their handles. `remote_ranks`: a bit for each rank to
+  /// which, and from which, a row of an expert-major dispatch crosses a link only once.
+  void attach(const cudaIpcMemHandle_t* handles, uint64_t remote_ranks);
+  /// Whether expert-major results here come with chain words: a peer may send one row for several.
+  bool chains_rows() const { return group_.remote_ranks != 0 && group_.num_local_experts > 1; }
 
   const std::shared_ptr<Pool>& pool() const { return pool_; }
   uint8_t* pool_base() const { return group_.segments[config_.rank] + control_bytes_; }
@@ -125,8 +126,7 @@ class Buffer {
   // Calls. Each returns its number.
 
   /// A dispatch whose memory is not known yet: blocks the host until the sizes are, and takes it.
-  int64_t dispatch_fresh(HtDispatchArgs args, const RowBytes& row_bytes, const CallOrder& order,
-                         Received* received);
+  int64_t dispatch_fresh(HtDispatchArgs args, const CallOrder& order, Received* received);
   /// What the host learns from dispatch_fresh(); valid until kNumRecords calls later.
   const CallRecord& record(int64_t call) const { return *record_of(call); }
   /// A whole dispatch whose memory is known: with a capacity or a cached handle.
@@ -174,7 +174,7 @@ class Buffer {
   void wait_for_record(const CallRecord& record) const;
   bool wait_for_sizes(int64_t call) const;
   /// Chooses the stream of the call and makes it wait for what the call has to come after.
-  int64_t begin_call(const CallOrder& order);
+  int64_t begin_call(const CallOrder& order, int64_t* waited_us = nullptr);
   int64_t begin_eager_call(const CallOrder& order);
   int64_t begin_captured_call(const CallOrder& order, unsigned long long capture);
   void follow(const CallOrder& order);
@@ -182,6 +182,7 @@ class Buffer {
   void finish_call(int64_t call, const CallOrder& order);
   void end_call(int64_t call, const CallOrder& order);
   void launch_routing(int64_t call, const HtDispatchArgs& args, const PostArgs& post);
+  void move_rows(int64_t call, const HtDispatchArgs& args);
   void take_scratch(int64_t num_tokens, const CallOrder& order);
   static bool is_captured(int64_t call) { return call >= kFirstCaptured; }
   bool is_too_old(int64_t call) const {

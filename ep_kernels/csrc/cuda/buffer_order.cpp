@@ -19,12 +19,13 @@ unsigned long long capture_of(cudaStream_t stream) {
   return status == cudaStreamCaptureStatusNone ? 0 : id;
 }
 
-int64_t Buffer::begin_call(const CallOrder& order) {
+int64_t Buffer::begin_call(const CallOrder& order, int64_t* waited_us) {
   // NOTE: a call that its caller waits for anyway runs on the caller's stream: each of the two hops
   // between streams would cost as much as a launch.
   stream_of_call_ = order.is_async || !order.follows_caller ? stream_ : order.caller;
   const unsigned long long capture = capture_of(order.caller);
   group_.is_captured = capture != 0;
+  group_.waited_us = waited_us;
   return capture != 0 ? begin_captured_call(order, capture) : begin_eager_call(order);
 }
 

@@ -5,6 +5,7 @@
 #include "core/check.h"
 #include "core/ll_layout.h"
 #include "core/math.h"
+#include "core/types.h"
 #include "cuda/buffer.h"
 #include "cuda/check_cuda.h"
 #include "cuda/kernels.h"
@@ -21,12 +22,14 @@ void allocate_device(T** memory, size_t num_bytes) {
 
 }  // namespace
 
-DeviceGuard::DeviceGuard(int device) {
+DeviceGuard::DeviceGuard(int device) : device_(device) {
   EP_CHECK_CUDA(cudaGetDevice(&previous_));
   if (previous_ != device) EP_CHECK_CUDA(cudaSetDevice(device));
 }
 
-DeviceGuard::~DeviceGuard() { cudaSetDevice(previous_); }
+DeviceGuard::~DeviceGuard() {
+  if (previous_ != device_) cudaSetDevice(previous_);
+}
 
 Pool::Pool(int on_device, int64_t control_bytes, int64_t pool_bytes)
     : device(on_device), allocator(pool_bytes) {
@@ -46,15 +49,18 @@ Pool::~Pool() {
   cudaSetDevice(previous);
 }
 
-void Received::allocate(const std::shared_ptr<Pool>& pool, const RowBytes& row_bytes,
-                        int64_t num_rows) {
+void Received::allocate(const std::shared_ptr<Pool>& pool, const HtSizes& sizes, int64_t num_rows,
+                        bool chains_rows) {
   const auto take = [&](Block& block, int64_t bytes_per_row) {
-    if (bytes_per_row >= 0) block.allocate(pool, num_rows * bytes_per_row);
+    if (bytes_per_row > 0) block.allocate(pool, num_rows * bytes_per_row);
   };
-  take(x, row_bytes.x);
-  take(scales, row_bytes.scales);
-  take(topk_idx, row_bytes.topk_idx);
-  take(topk_weights, row_bytes.topk_weights);
+  const bool by_expert = static_cast<Layout>(sizes.layout) == Layout::kExpertMajor;
+  const int64_t choices_per_row = by_expert ? 1 : sizes.num_topk;
+  take(x, sizes.row_bytes);
+  take(scales, sizes.scale_bytes);
+  if (!by_expert) take(topk_idx, choices_per_row * int64_t{sizeof(int64_t)});
+  take(topk_weights, choices_per_row * sizes.weight_bytes);
+  if (by_expert && chains_rows) take(chain, sizeof(int32_t));
 }
 
 Buffer::Buffer(const Config& config) : config_(config) {
@@ -68,6 +74,8 @@ Buffer::Buffer(const Config& config) : config_(config) {
       std::min(config.low_latency_bytes, static_cast<int64_t>(words.num_bytes));
   EP_CHECK_CUDA(cudaMemset(pool_->segment + control_bytes_, 0, static_cast<size_t>(num_words)));
   EP_CHECK_CUDA(cudaDeviceSynchronize());
+  prepare_send();
+  prepare_copies();
 
   std::vector<int32_t> tables(config.expert_rank), num_local(config.num_ranks, 0);
   for (const int32_t rank : config.expert_rank) tables.push_back(num_local[rank]++);
@@ -124,8 +132,9 @@ cudaIpcMemHandle_t Buffer::memory_handle() const {
   return handle;
 }
 
-void Buffer::attach(const cudaIpcMemHandle_t* handles) {
+void Buffer::attach(const cudaIpcMemHandle_t* handles, uint64_t remote_ranks) {
   DeviceGuard guard(config_.device);
+  group_.remote_ranks = remote_ranks;
   for (int peer = 0; peer < config_.num_ranks; ++peer) {
     if (peer == config_.rank) continue;
     void* segment = nullptr;

@@ -13,7 +13,7 @@
 
 namespace ep::cuda {
 
-constexpr int kMaxRanks = 64;
+constexpr int kMaxRanks = 64;  // DeviceGroup::remote_ranks has a bit for each
 constexpr int kMaxLocalExperts = 1024;
 
 /// Tokens that one block counts and plans: bits of a mask.
@@ -78,10 +78,15 @@ struct DeviceGroup {
   int rank, num_ranks, num_experts, num_local_experts;
   Placement placement;  ///< in device memory
   uint64_t timeout_ns;
-  int is_captured;  ///< the call's record is shared: it keeps errors only
+  uint64_t remote_ranks;  ///< a bit for each rank to which a row crosses a link only once
+  int is_captured;        ///< the call's record is shared: it keeps errors only
+  /// [num_ranks] or null: where the call under way counts the microseconds that it waits for each
+  /// rank. Device memory of the caller.
+  int64_t* waited_us;
   LocalState* state;
   uint8_t* segments[kMaxRanks];  ///< control region, then pool, of every rank
 
+  EP_HOST_DEVICE bool is_remote(int other) const { return remote_ranks >> other & 1; }
   EP_HOST_DEVICE ControlLayout layout() const { return ControlLayout(num_ranks, num_experts); }
   EP_HOST_DEVICE uint8_t* pool(int of) const { return segments[of] + layout().num_bytes; }
 };

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     if (blockIdx.x == 0 && threadIdx.x == 0) stamp(record, kStampMoving);
     reduce_tokens<Element, kVectors>(group, args);
   }
-  finish_if_last(group, record);
+  if (is_last_block(group)) finish(group, record);
 }
 
 template <typename Element, int kVectors>

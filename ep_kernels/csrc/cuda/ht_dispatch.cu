@@ -1,19 +1,21 @@
 // High-throughput dispatch on the GPU: the transfer, once every rank knows where its rows go.
 //
-//   send   each warp   a piece of a token's row -> shared memory            load
-//                      shared memory -> every destination of the token      store
-//                      scales, choices, weights beside the first piece      send_side_data
-//   pad    each block  zero the padding of this rank's own groups           pad_results
+//   send   each warp   a piece of a token's row -> every destination        send_items
+//                      its scales, beside the first piece
+//                      choices, weights, chain words beside it              send_side_data
+//   pad    each block  what no peer writes in this rank's results           ht_padding.cuh
+//
+// Expert-major, a rank on another device gets a row once per token: the first of its rows there,
+// and for each of them the word that chains it to the next (core/routing.h); ht_copies.cu does the
+// rest.
 
-#include <algorithm>
-
-#include "core/math.h"
+#include "core/routing.h"
 #include "core/types.h"
-#include "cuda/check_cuda.h"
-#include "cuda/device/bulk_copy.cuh"
 #include "cuda/device/dependent_launch.cuh"
-#include "cuda/device/elements.cuh"
 #include "cuda/device/work.cuh"
+#include "cuda/ht_padding.cuh"
+#include "cuda/ht_rows.cuh"
+#include "cuda/ht_stats.cuh"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/protocol.cuh"
@@ -21,25 +23,13 @@
 namespace ep::cuda {
 namespace {
 
-constexpr int kWarpSize = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kNumStages = 2;
-constexpr int kMaxWarps = 16;
-constexpr int kMaxPieceBytes = 4 << 10;
-constexpr int kSharedBytes = 208 << 10;  // leaves room for the barriers
-
-/// How rows are cut into pieces that fit a stage of shared memory.
-struct Pieces {
-  int num_per_row;
-  int num_bytes;  // of a full piece
-};
-
 /// Base addresses of every rank's results, in shared memory. Null where there are none.
 struct Destinations {
   uint8_t* x[kMaxRanks];
   uint8_t* scales[kMaxRanks];
   uint8_t* topk_weights[kMaxRanks];
   int64_t* topk_idx[kMaxRanks];
+  int32_t* chain[kMaxRanks];
 
   /// All threads.
   __device__ void fill(const DeviceGroup& group) {
@@ -51,6 +41,7 @@ struct Destinations {
       scales[rank] = at(offer.scales);
       topk_weights[rank] = at(offer.topk_weights);
       topk_idx[rank] = reinterpret_cast<int64_t*>(at(offer.topk_idx));
+      chain[rank] = reinterpret_cast<int32_t*>(at(offer.chain));
     }
     __syncthreads();
   }
@@ -58,26 +49,30 @@ struct Destinations {
 
 /// A lane's choice of a token: where it is served, and on which row.
 struct Choice {
-  int32_t route, row;
+  int32_t route = kNoRoute, row = -1;
+  uint64_t weight = 0;  ///< that goes with the row, expert-major
 
   __device__ bool is_sent() const { return carries_row(route); }
 };
-
-__device__ Choice load_choice(const HtDispatchArgs& args, int64_t token, int k) {
-  if (k >= args.sizes.num_topk) return {kNoRoute, -1};
-  const int64_t choice = token * args.sizes.num_topk + k;
-  return {__ldg(args.routing.routes + choice), __ldg(args.routing.rows + choice)};
-}
-
-__device__ void copy_scales(uint8_t* dst, const uint8_t* src, int64_t num_bytes, int lane) {
-  for (int64_t i = lane * 4; i < num_bytes; i += kWarpSize * 4)
-    *reinterpret_cast<uint32_t*>(dst + i) = __ldg(reinterpret_cast<const uint32_t*>(src + i));
-}
 
 __device__ uint64_t load_weight(const HtDispatchArgs& args, int64_t choice) {
   return args.sizes.weight_bytes == 4
              ? __ldg(reinterpret_cast<const uint32_t*>(args.topk_weights) + choice)
              : __ldg(reinterpret_cast<const unsigned long long*>(args.topk_weights) + choice);
+}
+
+__device__ bool is_by_expert(const HtDispatchArgs& args) {
+  return static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor;
+}
+
+__device__ Choice load_choice(const HtDispatchArgs& args, int64_t token, int k) {
+  Choice own;
+  if (k >= args.sizes.num_topk) return own;
+  const int64_t choice = token * args.sizes.num_topk + k;
+  own.route = __ldg(args.routing.routes + choice);
+  own.row = __ldg(args.routing.rows + choice);
+  if (is_by_expert(args) && args.sizes.weight_bytes > 0) own.weight = load_weight(args, choice);
+  return own;
 }
 
 __device__ void store_weight(uint8_t* base, int64_t element, uint64_t weight, int weight_bytes) {
@@ -87,27 +82,48 @@ __device__ void store_weight(uint8_t* base, int64_t element, uint64_t weight, in
     reinterpret_cast<uint64_t*>(base)[element] = weight;
 }
 
-/// What travels beside the rows of a token, for choices first ... first + 31 as destinations. All
-/// lanes; `own` is each lane's choice.
+/// What a rank on another device is told of a lane's row, among 32 choices of a token.
+struct Link {
+  bool is_carrier;  ///< the row itself goes there
+  int32_t word;     ///< of its chain
+};
+
+/// Chains the rows that lanes have on the same rank, by ascending position. Elsewhere each row goes
+/// by itself. All lanes.
+__device__ Link link_rows(const DeviceGroup& group, const Destinations& to, const Choice& own) {
+  if (group.remote_ranks == 0) return {own.is_sent(), kEndOfChain};
+  const int lane = threadIdx.x % kWarpSize;
+  const unsigned same = __match_any_sync(kAllLanes, own.route), up_to_own = (2u << lane) - 1;
+  const unsigned after = same & ~up_to_own;
+  const bool is_first = (same & up_to_own) == 1u << lane;
+  const int32_t row_after = __shfl_sync(kAllLanes, own.row, after ? __ffs(after) - 1 : lane);
+  if (!own.is_sent()) return {false, kEndOfChain};
+  if (!group.is_remote(own.route) || to.chain[own.route] == nullptr) return {true, kEndOfChain};
+  const int32_t next = after ? row_after : kEndOfChain;
+  return {is_first, is_first ? first_in_chain(next) : later_in_chain(next)};
+}
+
+/// What travels beside the rows of a token, for 32 choices as destinations. All lanes; `own` is
+/// each lane's choice.
 __device__ void send_side_data(const DeviceGroup& group, const HtDispatchArgs& args,
-                               const Destinations& to, int64_t token, int first, Choice own) {
+                               const Destinations& to, int64_t token, const Choice& own,
+                               const Link& link) {
   const HtSizes& sizes = args.sizes;
-  const int lane = threadIdx.x % kWarpSize, num_topk = sizes.num_topk;
-  const bool by_expert = static_cast<Layout>(sizes.layout) == Layout::kExpertMajor;
-  const bool has_weights = sizes.weight_bytes > 0, has_scales = sizes.scale_bytes > 0;
-  const bool has_choices = !by_expert && (has_weights || sizes.handle_seq < 0);
-  if (by_expert && has_weights && own.is_sent())
-    store_weight(to.topk_weights[route_rank(own.route)], own.row,
-                 load_weight(args, token * num_topk + first + lane), sizes.weight_bytes);
-  if (!has_scales && !has_choices) return;
+  const int num_topk = sizes.num_topk;
+  const bool has_weights = sizes.weight_bytes > 0;
+  if (is_by_expert(args)) {
+    if (!own.is_sent()) return;
+    if (has_weights)
+      store_weight(to.topk_weights[own.route], own.row, own.weight, sizes.weight_bytes);
+    if (to.chain[own.route]) to.chain[own.route][own.row] = link.word;
+    return;
+  }
+  if (!has_weights && sizes.handle_seq >= 0) return;
   for (unsigned left = __ballot_sync(kAllLanes, own.is_sent()); left != 0; left &= left - 1) {
     const int source = __ffs(left) - 1;
-    const int rank = route_rank(__shfl_sync(kAllLanes, own.route, source));
+    const int rank = __shfl_sync(kAllLanes, own.route, source);
     const int64_t row = __shfl_sync(kAllLanes, own.row, source);
-    if (has_scales)
-      copy_scales(to.scales[rank] + row * sizes.scale_bytes,
-                  args.scales + token * sizes.scale_bytes, sizes.scale_bytes, lane);
-    for (int k = lane; has_choices && k < num_topk; k += kWarpSize) {
+    for (int k = threadIdx.x % kWarpSize; k < num_topk; k += kWarpSize) {
       const int64_t choice = token * num_topk + k;
       const bool is_served = route_rank(__ldg(args.routing.routes + choice)) == rank;
       if (to.topk_idx[rank])
@@ -123,96 +139,76 @@ __device__ void send_side_data(const DeviceGroup& group, const HtDispatchArgs& a
 /// A piece of a token's row: item `item` of this launch.
 struct Item {
   int64_t token;
-  int64_t begin;  // bytes into the row
-  uint32_t num_bytes;
+  Piece piece;
 
-  __device__ Item(const HtDispatchArgs& args, const Pieces& pieces, int64_t item)
+  __device__ Item(const Pieces& pieces, int64_t item)
       : token(pieces.num_per_row == 1 ? item : item / pieces.num_per_row),
-        begin((item - token * pieces.num_per_row) * pieces.num_bytes),
-        num_bytes(
-            static_cast<uint32_t>(min(int64_t{pieces.num_bytes}, args.sizes.row_bytes - begin))) {}
+        piece(pieces, item - token * pieces.num_per_row) {}
+  __device__ Source source(const HtDispatchArgs& args) const {
+    return {args.x + token * args.sizes.row_bytes + piece.begin,
+            args.scales + token * args.sizes.scale_bytes};
+  }
+  /// In the row of a choice.
+  __device__ Target target(const HtDispatchArgs& args, const Destinations& to,
+                           const Choice& own) const {
+    return {to.x[own.route] + own.row * args.sizes.row_bytes + piece.begin,
+            to.scales[own.route] + own.row * args.sizes.scale_bytes};
+  }
 };
 
-/// Calls store(destination of the piece, or null) for 32 choices at a time, and sends side data
-/// with the first piece. All lanes; `own` is each lane's choice among the first 32.
+/// Calls store(target of this lane) for 32 choices at a time, and sends side data with the first
+/// piece. All lanes; `own` is each lane's choice among the first 32.
 template <typename Store>
 __device__ void send_item(const DeviceGroup& group, const HtDispatchArgs& args,
                           const Destinations& to, const Item& item, Choice own, Store&& store) {
   const int lane = threadIdx.x % kWarpSize;
   for (int first = 0; first < args.sizes.num_topk; first += kWarpSize) {
     if (first > 0) own = load_choice(args, item.token, first + lane);
-    store(own.is_sent() ? to.x[own.route] + own.row * args.sizes.row_bytes + item.begin : nullptr);
-    if (item.begin == 0) send_side_data(group, args, to, item.token, first, own);
+    const Link link = link_rows(group, to, own);
+    store(link.is_carrier ? item.target(args, to, own) : Target{});
+    if (item.piece.is_first()) send_side_data(group, args, to, item.token, own, link);
   }
 }
 
-#if defined(EP_HAS_BULK_COPY) || !defined(__CUDA_ARCH__)
-
-/// One warp's stages in shared memory, used in turn.
-struct Stages {
-  uint8_t* bytes;
-  uint64_t* barriers;
-  int piece_bytes;
-
-  __device__ uint8_t* stage(int64_t step) const { return bytes + step % kNumStages * piece_bytes; }
-  __device__ uint64_t* barrier(int64_t step) const { return barriers + step % kNumStages; }
-  __device__ uint32_t parity(int64_t step) const { return (step / kNumStages) & 1; }
-};
-
-#endif
-
 #if defined(EP_HAS_BULK_COPY)
-
-__device__ void load(const HtDispatchArgs& args, const Item& item, const Stages& stages,
-                     int64_t step) {
-  bulk_load(stages.stage(step), args.x + item.token * args.sizes.row_bytes + item.begin,
-            item.num_bytes, stages.barrier(step));
-}
 
 /// Sends pieces of rows through shared memory, one stage ahead.
 __device__ void send_items(const DeviceGroup& group, const HtDispatchArgs& args,
-                           const Destinations& to, const Pieces& pieces, const Stages& stages) {
+                           const Destinations& to, const Pieces& pieces) {
+  const Stages stages = stages_of_warp(pieces);
   const int lane = threadIdx.x % kWarpSize;
   const int64_t num_items = args.sizes.num_tokens * pieces.num_per_row;
   const WorkQueue queue{&group.state->next_item};
   int64_t i = queue.first();
   uint32_t asked = queue.ask();
-  Choice next{kNoRoute, -1};
+  Choice next;
   if (i < num_items) next = load_choice(args, i / pieces.num_per_row, lane);
   if (lane == 0) {
-    for (int j = 0; j < kNumStages; ++j) init_barrier(stages.barriers + j);
-    fence_barrier_init();
-    if (i < num_items) load(args, Item(args, pieces, i), stages, 0);
+    stages.init();
+    const Item item(pieces, i);
+    if (i < num_items) stages.load(0, item.piece, item.source(args));
   }
   __syncwarp();
   for (int64_t step = 0, after; i < num_items; i = after, ++step) {
-    const Item item(args, pieces, i);
+    const Item item(pieces, i);
     const Choice own = next;
     after = queue.answer(asked);
     if (after < num_items) {
       asked = queue.ask();
-      const Item ahead(args, pieces, after);
+      const Item ahead(pieces, after);
       next = load_choice(args, ahead.token, lane);
       if (lane == 0) {
         wait_stores_read<0>();  // the stores out of the next stage
-        load(args, ahead, stages, step + 1);
+        stages.load(step + 1, ahead.piece, ahead.source(args));
       }
     }
-    wait_barrier(stages.barrier(step), stages.parity(step));
-    send_item(group, args, to, item, own, [&](uint8_t* dst) {
-      for (unsigned left = __ballot_sync(kAllLanes, dst != nullptr); left != 0; left &= left - 1) {
-        const auto address =
-            __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(dst), __ffs(left) - 1);
-        if (lane == 0)
-          bulk_store(reinterpret_cast<uint8_t*>(address), stages.stage(step), item.num_bytes);
-      }
+    stages.wait(step);
+    send_item(group, args, to, item, own, [&](const Target& target) {
+      stages.store(step, item.piece, item.source(args), target);
     });
     if (lane == 0) commit_stores();
   }
-  if (lane == 0) {
-    wait_stores_written();
-    fence_async_stores();
-  }
+  if (lane == 0) finish_stores();
 }
 
 #else
@@ -220,83 +216,27 @@ __device__ void send_items(const DeviceGroup& group, const HtDispatchArgs& args,
 /// Sends pieces of rows through registers.
 __device__ void send_items(const DeviceGroup& group, const HtDispatchArgs& args,
                            const Destinations& to, const Pieces& pieces) {
-  const int lane = threadIdx.x % kWarpSize;
   const int64_t num_items = args.sizes.num_tokens * pieces.num_per_row;
   const WorkQueue queue{&group.state->next_item};
   for (int64_t i = queue.first(); i < num_items; i = queue.answer(queue.ask())) {
-    const Item item(args, pieces, i);
-    const auto* src =
-        reinterpret_cast<const uint4*>(args.x + item.token * args.sizes.row_bytes + item.begin);
-    const Choice own = load_choice(args, item.token, lane);
-    send_item(group, args, to, item, own, [&](uint8_t* dst) {
-      for (unsigned left = __ballot_sync(kAllLanes, dst != nullptr); left != 0; left &= left - 1) {
-        const auto address =
-            __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(dst), __ffs(left) - 1);
-        for (uint32_t j = lane; j < item.num_bytes / 16; j += kWarpSize)
-          store_once(reinterpret_cast<uint4*>(address) + j, __ldg(src + j));
-      }
-    });
+    const Item item(pieces, i);
+    const Choice own = load_choice(args, item.token, threadIdx.x % kWarpSize);
+    send_item(group, args, to, item, own,
+              [&](const Target& target) { copy_piece(item.piece, item.source(args), target); });
   }
 }
 
 #endif
-
-__device__ void zero_rows(uint8_t* base, int64_t row_bytes, int64_t begin, int64_t end) {
-  // Rows of side data are multiples of 4 bytes only.
-  auto* words = reinterpret_cast<uint32_t*>(base + begin * row_bytes);
-  for (int64_t i = threadIdx.x; i < (end - begin) * row_bytes / 4; i += blockDim.x) words[i] = 0;
-}
-
-/// Fills what no peer writes: in expert-major results the padding of this rank's groups, which
-/// blocks take in turn; in rank-major ones the unused rows' choices. All threads.
-__device__ void pad_results(const DeviceGroup& group, const HtDispatchArgs& args) {
-  const HtSizes& sizes = args.sizes;
-  uint8_t* own = group.pool(group.rank);
-  if (static_cast<Layout>(sizes.layout) == Layout::kRankMajor) {
-    if (sizes.capacity < 0) return;
-    const int64_t begin = min(args.routing.recv_sizes[0], sizes.capacity) * sizes.num_topk;
-    const int64_t end = sizes.capacity * sizes.num_topk, stride = int64_t{gridDim.x} * blockDim.x;
-    for (int64_t i = begin + blockIdx.x * blockDim.x + threadIdx.x; i < end; i += stride) {
-      if (args.recv_topk_idx >= 0) reinterpret_cast<int64_t*>(own + args.recv_topk_idx)[i] = -1;
-      if (args.recv_topk_weights >= 0)
-        store_weight(own + args.recv_topk_weights, i, 0, sizes.weight_bytes);
-    }
-    return;
-  }
-  if (sizes.expert_alignment == 1) return;
-  for (int expert = blockIdx.x; expert < group.num_experts; expert += gridDim.x) {
-    if (group.placement.rank_of[expert] != group.rank) continue;
-    const int local = group.placement.local_of[expert];
-    const int64_t begin =
-        args.routing.expert_offsets[local] + args.routing.num_recv_tokens_per_expert[local];
-    int64_t end = args.routing.expert_offsets[local + 1];
-    if (sizes.capacity >= 0) end = min(end, sizes.capacity);
-    if (begin >= end) continue;
-    zero_rows(own + args.recv_x, sizes.row_bytes, begin, end);
-    if (args.recv_scales >= 0) zero_rows(own + args.recv_scales, sizes.scale_bytes, begin, end);
-    if (args.recv_topk_weights >= 0)
-      zero_rows(own + args.recv_topk_weights, sizes.weight_bytes, begin, end);
-  }
-}
 
 /// All threads.
 __device__ void send_rows(const DeviceGroup& group, const HtDispatchArgs& args,
                           const Pieces& pieces) {
   __shared__ Destinations to;
   to.fill(group);
-#if defined(EP_HAS_BULK_COPY)
-  const int warp = threadIdx.x / kWarpSize;
-  extern __shared__ __align__(128) uint8_t shared_bytes[];
-  __shared__ uint64_t barriers[kMaxWarps * kNumStages];
-  const Stages stages{shared_bytes + warp * kNumStages * pieces.num_bytes,
-                      barriers + warp * kNumStages, pieces.num_bytes};
-  send_items(group, args, to, pieces, stages);
-#else
   send_items(group, args, to, pieces);
-#endif
 }
 
-__global__ void __launch_bounds__(kMaxWarps* kWarpSize)
+__global__ void __launch_bounds__(kRowWarps* kWarpSize)
     send_kernel(const __grid_constant__ DeviceGroup group,
                 const __grid_constant__ HtDispatchArgs args, const __grid_constant__ Pieces pieces,
                 CallRecord* record) {
@@ -305,28 +245,25 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     if (blockIdx.x == 0 && threadIdx.x == 0) stamp(record, kStampMoving);
     send_rows(group, args, pieces);
     pad_results(group, args);
+    if (blockIdx.x == 0) add_recv_stats(group, args);
   }
-  finish_if_last(group, record);
-}
-
-Pieces cut_rows(int64_t row_bytes) {
-  const int64_t num_per_row = ceil_div(row_bytes, int64_t{kMaxPieceBytes});
-  const int64_t num_bytes = align_up(ceil_div(row_bytes, num_per_row), int64_t{16});
-  return {static_cast<int>(num_per_row), static_cast<int>(num_bytes)};
+  if (!is_last_block(group)) return;
+  if (args.recv_chain >= 0)
+    hand_over(group, record);
+  else
+    finish(group, record);
 }
 
 }  // namespace
 
+void prepare_send() { allow_stages(send_kernel); }
+
 void launch_send(const DeviceGroup& group, const HtDispatchArgs& args, CallRecord* record,
                  cudaStream_t stream) {
-  const Pieces pieces = cut_rows(args.sizes.row_bytes);
-  const int stages_bytes = kNumStages * pieces.num_bytes;
-  const int num_warps = std::clamp(kSharedBytes / stages_bytes, 1, kMaxWarps);
-  const int shared_bytes = num_warps * stages_bytes;
-  EP_CHECK_CUDA(
-      cudaFuncSetAttribute(send_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  const LaunchShape shape{args.sizes.num_threads, num_warps * kWarpSize, shared_bytes};
-  launch_early(send_kernel, shape, stream, group, args, pieces, record);
+  const bool are_aligned = reinterpret_cast<uintptr_t>(args.scales) % 16 == 0;
+  const Pieces pieces = cut_rows(args.sizes, are_aligned);
+  launch_early(send_kernel, shape_for_rows(args.sizes, pieces), stream, group, args, pieces,
+               record);
 }
 
 }  // namespace ep::cuda

@@ -12,7 +12,9 @@
 #include "core/math.h"
 #include "core/types.h"
 #include "cuda/check_cuda.h"
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/kernels.h"
+#include "cuda/launch.h"
 #include "cuda/protocol.cuh"
 
 namespace ep::cuda {
@@ -107,10 +109,12 @@ __device__ bool is_first_on_rank(const DeviceGroup& group, const HtDispatchArgs&
 __global__ void __launch_bounds__(kNumThreads)
     plan_kernel(const __grid_constant__ DeviceGroup group,
                 const __grid_constant__ HtDispatchArgs args, const int32_t* scratch) {
-  if (!is_running(group)) return clear_choices(args);
   extern __shared__ uint32_t shared_words[];
   ChunkMasks masks{shared_words};
-  fill_masks(group, args, masks);
+  fill_masks(group, args, masks);  // reads nothing that the kernel before writes
+  wait_for_kernel_before();
+  let_next_kernel_launch();
+  if (!is_running(group)) return clear_choices(args);
   const bool by_expert = static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor;
   const int num_topk = args.sizes.num_topk;
   const int32_t* first_rows = scratch + int64_t{blockIdx.x} * (group.num_ranks + group.num_experts);
@@ -383,6 +387,7 @@ __device__ void notify(const DeviceGroup& group, const HtDispatchArgs& args, con
 
   const int32_t* own_counts = scan_chunks(group, scratch, chunks);
   if (!exchange(group, args, post, own_counts, record)) return;
+  let_next_kernel_launch();
   sum_columns(group, group.state->num_calls, sums);
   fill_rank_counts(group, args, group.state->num_calls);
   if (!place_rows(group, args, sums, record)) return;
@@ -449,8 +454,9 @@ void launch_plan(const DeviceGroup& group, const HtDispatchArgs& args, const int
                  cudaStream_t stream) {
   if (args.sizes.num_tokens == 0) return;
   allow_shared_memory(plan_kernel, mask_bytes(group));
-  plan_kernel<<<num_blocks(args), kNumThreads, mask_bytes(group), stream>>>(group, args, scratch);
-  EP_CHECK_CUDA(cudaGetLastError());
+  const LaunchShape shape{static_cast<int>(num_blocks(args)), kNumThreads,
+                          static_cast<int>(mask_bytes(group))};
+  launch_early(plan_kernel, shape, stream, group, args, scratch);
 }
 
 }  // namespace ep::cuda

@@ -7,6 +7,7 @@
 #include "cuda/check_cuda.h"
 #include "cuda/device/dependent_launch.cuh"
 #include "cuda/kernels.h"
+#include "cuda/launch.h"
 #include "cuda/protocol.cuh"
 
 namespace ep::cuda {
@@ -28,10 +29,8 @@ __global__ void __launch_bounds__(kNumThreads)
   let_next_kernel_launch();
 }
 
-__global__ void __launch_bounds__(kNumThreads)
-    offer_kernel(const __grid_constant__ DeviceGroup group, const __grid_constant__ Offer offer,
-                 CallRecord* record) {
-  if (!is_running(group)) return;
+/// All threads.
+__device__ void exchange_offers(const DeviceGroup& group, const Offer& offer, CallRecord* record) {
   const ControlLayout layout = group.layout();
   const uint64_t seq = group.state->num_calls;
   for (int peer = threadIdx.x; peer < group.num_ranks; peer += blockDim.x) {
@@ -47,12 +46,20 @@ __global__ void __launch_bounds__(kNumThreads)
     group.state->offers[peer] = word<OfferSlot>(group, group.rank, layout.offers)[slot].offer;
   }
   __syncthreads();
-  let_next_kernel_launch();
   if (threadIdx.x != 0) return;
   stamp(record, kStampOffered);
   for (int peer = 0; peer < group.num_ranks; ++peer)
     if (group.state->offers[peer].failed && set_status(group, CallStatus::kNoMemory))
       record->rank = peer;
+}
+
+/// Runs while the rows are planned, which it has no part in.
+__global__ void __launch_bounds__(kNumThreads)
+    offer_kernel(const __grid_constant__ DeviceGroup group, const __grid_constant__ Offer offer,
+                 CallRecord* record) {
+  if (is_running(group)) exchange_offers(group, offer, record);
+  wait_for_kernel_before();
+  let_next_kernel_launch();
 }
 
 __global__ void __launch_bounds__(kNumThreads)
@@ -70,8 +77,7 @@ void launch_post(const DeviceGroup& group, const PostArgs& post, CallRecord* rec
 
 void launch_offer(const DeviceGroup& group, const Offer& offer, CallRecord* record,
                   cudaStream_t stream) {
-  offer_kernel<<<1, kNumThreads, 0, stream>>>(group, offer, record);
-  EP_CHECK_CUDA(cudaGetLastError());
+  launch_early(offer_kernel, {1, kNumThreads, 0}, stream, group, offer, record);
 }
 
 void launch_finish(const DeviceGroup& group, CallRecord* record, cudaStream_t stream) {

@@ -9,9 +9,9 @@
 // one block of a rank waits for peers at any time: kernels that do have one block, or do so in the
 // block that comes last. So ranks which share a GPU cannot starve each other.
 //
-//   fresh dispatch   notify, plan, offer, send
-//   with capacity    notify, plan, send
-//   cached handle    post, send
+//   fresh dispatch   notify, plan, offer, send, copies
+//   with capacity    notify, plan, send, copies
+//   cached handle    post, send, copies
 //   combine          post, reduce
 //   barrier, refusal post, finish
 
@@ -37,10 +37,19 @@ void launch_post(const DeviceGroup& group, const PostArgs& post, CallRecord* rec
 void launch_offer(const DeviceGroup& group, const Offer& offer, CallRecord* record,
                   cudaStream_t stream);
 
+/// Once for the current device, before launch_send() and launch_copies().
+void prepare_send();
+void prepare_copies();
+
 /// Writes this rank's rows to their final place, fills what no peer writes in its own results, and
-/// finishes the call.
+/// finishes the call, unless it has chains of rows to copy.
 void launch_send(const DeviceGroup& group, const HtDispatchArgs& args, CallRecord* record,
                  cudaStream_t stream);
+
+/// Copies rows that came once to the other places where they are wanted, and finishes the call.
+/// After launch_send(), with chains only.
+void launch_copies(const DeviceGroup& group, const HtDispatchArgs& args, CallRecord* record,
+                   cudaStream_t stream);
 
 /// Reads the rows of this rank's tokens from their ranks, sums them, and finishes the call.
 void launch_reduce(const DeviceGroup& group, const HtCombineArgs& args, CallRecord* record,

@@ -10,14 +10,23 @@ struct LaunchShape {
   int num_blocks, num_threads, shared_bytes;
 };
 
+/// Whether the current device has what came with sm_90: early launches, bulk copies.
+inline bool has_sm90_features() {
+  thread_local int known_device = -1;
+  thread_local bool has_them = false;
+  int device = 0, major = 0;
+  EP_CHECK_CUDA(cudaGetDevice(&device));
+  if (device == known_device) return has_them;
+  EP_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  known_device = device;
+  return has_them = major >= 9;
+}
+
 /// Launches a kernel that may be put on the SMs while the kernel before it ends, which it has to
 /// wait for (device/dependent_launch.cuh). Devices before sm_90 launch it after that kernel.
 template <typename... Parameters, typename... Arguments>
 void launch_early(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream,
                   const Arguments&... arguments) {
-  int device = 0, major = 0;
-  EP_CHECK_CUDA(cudaGetDevice(&device));
-  EP_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -27,7 +36,7 @@ void launch_early(void (*kernel)(Parameters...), const LaunchShape& shape, cudaS
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = major >= 9 ? 1 : 0;
+  config.numAttrs = has_sm90_features() ? 1 : 0;
   EP_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 

@@ -37,28 +37,18 @@ __device__ __forceinline__ bool ll_has_done(const LlGroup& g, int half, uint64_t
 __device__ inline bool ll_is_plain(const LlGroup& g, LlBoard& board, uint64_t number, LlRanks view,
                                    uint64_t deadline) {
   const LlRanks peers = ll_peers(g, view);
-  bool has_come = true;
-  for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x) {
-    if (!ll_has(peers, peer)) continue;
-    const uint64_t* flag = ll_flag(g, number, g.group.rank, peer);
-    const auto is_there = [&] { return load_flag(flag) >= ll_post_flag(number, 0); };
-    LlLoss loss;
-    if (blockIdx.x == 0) {
-      has_come &= ll_wait(g, peer, deadline, &loss, is_there);
-    } else {  // block 0 says when to stop
-      bool is_waiting = true;
-      for (uint32_t spin = 0; is_waiting && !is_there(); ++spin)
-        is_waiting = spin % 32 != 31 || ll_read_verdict(g, number) == LlVerdict::kNone;
-      has_come &= is_waiting;
-    }
-  }
-  if (!__syncthreads_and(has_come)) return false;
-  ll_read_posts(g, board, number, peers);
-  bool is_same = true;
+  const auto wait = [&](int peer, LlLoss* loss, auto&& is_there) {
+    if (blockIdx.x == 0) return ll_wait(g, peer, deadline, loss, is_there);
+    for (uint32_t spin = 0; !is_there(); ++spin)  // block 0 says when to stop
+      if (spin % 32 == 31 && ll_read_verdict(g, number) != LlVerdict::kNone) return false;
+    return true;
+  };
+  const bool have_come = ll_take_posts(g, board, number, peers, wait, [](int, bool, LlLoss) {});
+  if (!__syncthreads_and(have_come)) return false;
+  bool is_same = ll_is_same(g, board, peers);
   for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x)
     is_same &= !ll_has(peers, peer) || board.posts[peer].word[kLlWordMasked] == view;
-  const bool is_agreed = ll_find(g, board, peers) == INT32_MAX;
-  return __syncthreads_and(is_same && is_agreed);
+  return __syncthreads_and(is_same);
 }
 
 /// All threads of a block other than 0: what block 0 has found.
@@ -108,22 +98,19 @@ __device__ inline LlRanks ll_wait_views(const LlGroup& g, LlBoard& board,
   __syncthreads();
   for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x) {
     if (!ll_has(ll_peers(g, view), peer)) continue;
-    const auto* post = reinterpret_cast<const uint64_t*>(&ll_post(g, number, g.group.rank, peer));
-    uint64_t seen = 0;
     LlLoss loss;
     const bool has_come = ll_wait(g, peer, deadline, &loss, [&] {
       const bool is_final = ll_has_done(g, call.half, number, peer);
-      seen = load_flag(ll_flag(g, number, g.group.rank, peer));
-      if (seen < ll_post_flag(number, 0)) return false;
-      const LlRanks theirs = load_flag(post + kLlWordMasked);
-      const bool is_dispatch =
-          load_flag(post + kLlFieldOp) == static_cast<uint64_t>(LlOp::kDispatch);
-      return theirs == view || (theirs & ~view) != 0 || !is_dispatch || is_final;
+      uint64_t theirs = 0, op = 0;
+      const bool is_there = ll_read_post_word(g, number, peer, kLlWordMasked, &theirs) &&
+                            ll_read_post_word(g, number, peer, kLlFieldOp, &op);
+      return is_there && (theirs == view || (theirs & ~view) != 0 || is_final ||
+                          op != static_cast<uint64_t>(LlOp::kDispatch));
     });
     if (has_come)
       atomicOr(&board.came, ll_bit(peer));
     else
-      ll_lose(g, ll_timeout(g, Phase::kPost, peer, ll_post_flag(number, 0), seen), loss);
+      ll_lose(g, ll_timeout(g, Phase::kPost, peer, ll_post_flag(number, 0), 0), loss);
   }
   __syncthreads();
   return board.came;
@@ -151,7 +138,7 @@ __device__ inline LlSettled ll_agree(const LlGroup& g, LlBoard& board, const LlD
     __syncthreads();
     if (masked == view) break;
     view = masked;
-    ll_send_post(g, number, attempt, words, nullptr, nullptr, ll_peers(g, view));
+    ll_post_again(g, number, attempt, words, nullptr, ll_peers(g, view));
     // A new one: peers may have waited as long as this rank before they post again.
     deadline = now_ns() + g.group.timeout_ns;
   }

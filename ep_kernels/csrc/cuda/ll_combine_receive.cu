@@ -1,6 +1,7 @@
 // The receive half of a low-latency combine on the GPU. The twin of cpu/ll_combine.cpp and of the
 // steps of combine in cpu/ll_receive.cpp.
 //
+//   block 0       the send half, if this is the kernel of a whole call             ll_post_rows
 //   every block   wait for the posts                                               take_posts
 //                 its share of the pieces of rows: list the rows of a token,
 //                 pull, weigh and sum them                                         Sums::run
@@ -12,6 +13,7 @@
 
 #include "core/math.h"
 #include "cuda/check_cuda.h"
+#include "cuda/ll_combine_post.cuh"
 #include "cuda/ll_kernels.h"
 #include "cuda/ll_posts.cuh"
 #include "cuda/ll_rows.cuh"
@@ -26,10 +28,12 @@ constexpr int kMaxSlots = 2048;  ///< choices that a block lists at once
 constexpr int kRowsAtOnce = 8;
 constexpr int kChannels = 8 * kLlWarpSize;  ///< of a piece
 
-/// A row of a token, and its weight; null: none.
+/// A row of a token, and its weight; null: none. First where it is in half 0 of `rank`, which is
+/// known before the posts come; -1: nowhere else.
 struct Source {
   const uint8_t* row;
   float weight;
+  int rank;
 };
 
 /// One block's share of the sums. Pieces are numbered token by token.
@@ -38,32 +42,50 @@ struct Sums {
   const LlCombineCall& call;
   const LlBoard& board;  ///< the posts of the combine
   Source* list;          ///< rows of the tokens of a wave
-  int64_t begin, end;    ///< pieces
+  int begin, end;        ///< pieces
   int pieces_per_token, tokens_per_wave;
 
-  __device__ const uint8_t* row_at(int src, int64_t local, int64_t row) const {
-    const LlHalfLayout half(call.sizes, g.group.num_ranks, g.num_local[src]);
-    if (src == g.group.rank && !ll_is_compressed(call))  // own rows were not staged
-      return reinterpret_cast<const uint8_t*>(call.args.x + (local * half.rows_per_expert + row) *
-                                                                call.sizes.hidden);
-    const auto at = static_cast<int>(board.posts[src].word[kLlWordWindow]);
-    return ll_window(g, src, at) + half.combine_row(local, row);
+  /// A row at its owner, in half 0 of it unless it is in the caller's tensor.
+  __device__ Source find(int rank, int64_t local, int64_t row, float weight) const {
+    const LlHalfLayout half(call.sizes, g.group.num_ranks, g.num_local[rank]);
+    if (rank == g.group.rank && !ll_is_compressed(call))  // own rows were not staged
+      return {reinterpret_cast<const uint8_t*>(call.args.x + (local * half.rows_per_expert + row) *
+                                                                 call.sizes.hidden),
+              weight, -1};
+    return {ll_window(g, rank, 0) + half.combine_row(local, row), weight, rank};
+  }
+
+  __device__ int first_token() const { return begin / pieces_per_token; }
+  __device__ int wave_end(int first) const {
+    return min(first + tokens_per_wave, ceil_div(end, pieces_per_token));
   }
 
   /// All threads: lists the rows of the tokens of a wave.
-  __device__ void fill(int64_t first, int64_t last, LlRanks sources) const {
-    __syncthreads();
+  __device__ void fill(int first) const {
     const int num_topk = call.sizes.num_topk;
-    for (int64_t i = threadIdx.x; i < (last - first) * num_topk; i += blockDim.x) {
-      const int64_t choice = first * num_topk + i;
+    for (int i = threadIdx.x; i < (wave_end(first) - first) * num_topk; i += blockDim.x) {
+      const int choice = first * num_topk + i;
       const int32_t row = call.args.rows[choice], expert = call.args.experts[choice];
       const float weight = call.args.topk_weights[choice];
-      Source source{nullptr, weight};
-      if (row >= 0) {
-        const int src = g.group.placement.rank_of[expert];
-        if (ll_has(sources, src)) source.row = row_at(src, g.group.placement.local_of[expert], row);
+      list[i] = {nullptr, weight, -1};
+      const bool is_sent = row >= 0 && expert >= 0 && expert < g.group.num_experts;
+      if (is_sent)  // after a dispatch that failed these words may be anything
+        list[i] = find(g.group.placement.rank_of[expert], g.group.placement.local_of[expert], row,
+                       weight);
+    }
+  }
+
+  /// All threads, the same as in fill(): the rows are those of `sources`, in the halves that their
+  /// posts name.
+  __device__ void resolve(int first, LlRanks sources) const {
+    for (int i = threadIdx.x; i < (wave_end(first) - first) * call.sizes.num_topk;
+         i += blockDim.x) {
+      const int rank = list[i].rank;
+      if (!ll_has(sources, rank < 0 ? g.group.rank : rank)) {
+        list[i].row = nullptr;
+      } else if (rank >= 0 && list[i].row) {
+        list[i].row += board.posts[rank].word[kLlWordWindow] * g.half_bytes;
       }
-      list[i] = source;
     }
     __syncthreads();
   }
@@ -103,36 +125,40 @@ struct Sums {
     }
   }
 
-  /// All threads: the sums of this share, from the rows of `sources`.
+  /// All threads: the sums of this share, from the rows of `sources`. The first wave is listed.
   __device__ void run(LlRanks sources) const {
+    for (int first = first_token(); first * pieces_per_token < end; first = wave_end(first)) {
+      if (first != first_token()) fill(first);
+      resolve(first, sources);
+      sum_wave(first);
+      __syncthreads();
+    }
+  }
+  __device__ void sum_wave(int first) const {
     const int warp = threadIdx.x / kLlWarpSize, lane = threadIdx.x % kLlWarpSize;
     const int64_t hidden = call.sizes.hidden;
-    for (int64_t first = begin / pieces_per_token; first * pieces_per_token < end;
-         first += tokens_per_wave) {
-      const int64_t last = min(first + tokens_per_wave, call.sizes.num_tokens);
-      fill(first, last, sources);
-      for (int64_t piece = max(begin, first * pieces_per_token) + warp;
-           piece < min(end, last * pieces_per_token); piece += kNumWarps) {
-        const int64_t token = piece / pieces_per_token;
-        const int64_t channel = piece % pieces_per_token * kChannels + 8 * lane;
-        if (channel >= hidden) continue;
-        const Source* rows = list + (token - first) * call.sizes.num_topk;
-        float sum[8] = {};
-        if (ll_is_compressed(call))
-          add_compressed(rows, channel, sum);
-        else
-          add(rows, channel, sum);
-        store_once(reinterpret_cast<uint4*>(call.args.out + token * hidden + channel),
-                   BF16::store(sum));
-      }
+    for (int piece = max(begin, first * pieces_per_token) + warp;
+         piece < min(end, wave_end(first) * pieces_per_token); piece += kNumWarps) {
+      const int token = piece / pieces_per_token;
+      const int64_t channel = piece % pieces_per_token * kChannels + 8 * lane;
+      if (channel >= hidden) continue;
+      const Source* rows = list + (token - first) * call.sizes.num_topk;
+      float sum[8] = {};
+      if (ll_is_compressed(call))
+        add_compressed(rows, channel, sum);
+      else
+        add(rows, channel, sum);
+      store_once(reinterpret_cast<uint4*>(call.args.out + int64_t{token} * hidden + channel),
+                 BF16::store(sum));
     }
   }
 };
 
 /// All threads: the posts of all ranks, awaited or kept. Returns who came.
-__device__ LlRanks take_posts(const LlGroup& g, const LlCombineCall& call, LlBoard& board) {
+__device__ LlRanks take_posts(const LlGroup& g, const LlCombineCall& call, LlBoard& board,
+                              uint64_t number) {
   const LlHalfState& half = g.state->halves[call.half];
-  if (half.is_collected) {
+  if (!call.is_whole && half.is_collected) {
     for (int i = threadIdx.x; i < g.group.num_ranks * kNumLlWords; i += blockDim.x)
       board.posts[i / kNumLlWords].word[i % kNumLlWords] =
           half.posts[i / kNumLlWords].word[i % kNumLlWords];
@@ -141,7 +167,7 @@ __device__ LlRanks take_posts(const LlGroup& g, const LlCombineCall& call, LlBoa
   }
   int64_t* stats = blockIdx.x == 0 ? call.args.wait_recv_cost_stats : nullptr;
   const LlRanks from = ll_peers(g, read_word(&g.state->masked));
-  return ll_wait_posts(g, board, half.combine - 1, from, stats, [&](int peer, LlLoss, uint64_t) {
+  return ll_wait_posts(g, board, number, from, stats, [&](int peer, LlLoss) {
     atomicOr(atomic_word(&g.state->late), ll_bit(peer));
   });
 }
@@ -158,8 +184,8 @@ __device__ LlRanks learn(const LlGroup& g, const LlBoard& board, LlRanks came) {
 }
 
 /// One thread of the last block: masks, or fails for, those that some block has not seen.
-__device__ void lose_late(const LlGroup& g, const LlCombineCall& call, LlRanks late) {
-  const uint64_t expected = ll_post_flag(g.state->halves[call.half].combine - 1, 0);
+__device__ void lose_late(const LlGroup& g, uint64_t number, LlRanks late) {
+  const uint64_t expected = ll_post_flag(number, 0);
   for (int peer = 0; peer < g.group.num_ranks; ++peer) {
     if (!ll_has(late, peer)) continue;
     LlLoss loss = LlLoss::kLate;
@@ -168,23 +194,22 @@ __device__ void lose_late(const LlGroup& g, const LlCombineCall& call, LlRanks l
   }
 }
 
-/// All threads of the last block: who has been summed in the end, after `used` by all blocks.
-__device__ LlRanks look_back(const LlGroup& g, LlBoard& board, Sums sums, LlRanks used,
-                             bool is_uneven) {
+/// All threads of the last block, when not all is as usual: who has been summed in the end, after
+/// `used` by all blocks.
+__device__ LlRanks look_back(const LlGroup& g, Sums sums, LlRanks used, bool is_uneven) {
   sums.begin = 0;
-  sums.end = sums.call.sizes.num_tokens * sums.pieces_per_token;
+  sums.end = static_cast<int>(sums.call.sizes.num_tokens) * sums.pieces_per_token;
   while (true) {
     // An owner that has masked us may have overwritten rows while we read them.
-    __syncthreads();
     for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x)
       if (ll_has(used, peer) && peer != g.group.rank && ll_has_left(g, peer)) ll_mask(g, peer);
     __syncthreads();
-    if (threadIdx.x == 0) board.masked = read_word(&g.state->masked);
-    __syncthreads();
-    const LlRanks sources = used & ~board.masked;
+    const LlRanks sources = used & ~read_word(&g.state->masked);
     if (sources == used && !is_uneven) return used;
     used = sources;
     is_uneven = false;
+    __syncthreads();
+    sums.fill(0);
     sums.run(used);
   }
 }
@@ -193,38 +218,63 @@ __device__ Sums make_sums(const LlGroup& g, const LlCombineCall& call, const LlB
                           void* shared) {
   const int per_token = static_cast<int>(ceil_div(call.sizes.hidden, int64_t{kChannels}));
   const Range range = split_evenly(call.sizes.num_tokens * per_token, blockIdx.x, gridDim.x);
-  return {g,           call,      board,     static_cast<Source*>(shared),
-          range.begin, range.end, per_token, max(1, kMaxSlots / call.sizes.num_topk)};
+  return {g,
+          call,
+          board,
+          static_cast<Source*>(shared),
+          static_cast<int>(range.begin),
+          static_cast<int>(range.end),
+          per_token,
+          max(1, kMaxSlots / call.sizes.num_topk)};
+}
+
+/// All threads of the last block: loses whom some block has not seen, and leaves out whom a peer
+/// leaves out.
+__device__ void take_news(const LlGroup& g, uint64_t number, const LlBoard& board, LlRanks came,
+                          LlRanks late) {
+  if (threadIdx.x == 0) {
+    if (late) lose_late(g, number, late);
+    for (int peer = 0; peer < g.group.num_ranks; ++peer)
+      if (ll_has(came, peer) &&
+          (board.posts[peer].word[kLlWordMasked] & ~read_word(&g.state->masked)) != 0)
+        ll_adopt(g, peer, board.posts[peer].word[kLlWordMasked]);
+  }
+  __syncthreads();
 }
 
 /// All threads of the last block: the outcome.
 __device__ void finish(const LlGroup& g, const Sums& sums, LlBoard& board, LlRanks came,
-                       LlRanks sources, int finding) {
+                       LlRanks sources, int finding, uint64_t number) {
   const LlCombineCall& call = sums.call;
   LlState& state = *g.state;
   LlHalfState& half = state.halves[call.half];
-  const LlRanks late = state.late;  // blocks may differ in whether they have summed these
-  if (threadIdx.x == 0) {
-    if (late) lose_late(g, call, late);
-    for (int peer = 0; peer < g.group.num_ranks; ++peer)
-      if (ll_has(came, peer) &&
-          (board.posts[peer].word[kLlWordMasked] & ~read_word(&state.masked)) != 0)
-        ll_adopt(g, peer, board.posts[peer].word[kLlWordMasked]);
+  const LlRanks late = read_word(&state.late), masked = read_word(&state.masked);
+  bool is_news = late != 0 || read_word(&state.failed) != 0;
+  for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x) {
+    if (!ll_has(came, peer)) continue;
+    is_news |= (board.posts[peer].word[kLlWordMasked] & ~masked) != 0;
+    is_news |= peer != g.group.rank && ll_has_left(g, peer);
   }
-  __syncthreads();
-  const bool is_summed = finding == INT32_MAX && load_word(&state.failed) == 0;
-  if (is_summed) sources = look_back(g, board, sums, sources & ~late, late != 0);
+  bool is_summed = finding == INT32_MAX;
+  if (__syncthreads_or(is_news || (sources & masked) != 0)) {
+    take_news(g, number, board, came, late);
+    is_summed &= read_word(&state.failed) == 0;
+    // Blocks may differ in whether they have summed the late ones.
+    if (is_summed) sources = look_back(g, sums, sources & ~late, late != 0);
+  }
   for (int src = threadIdx.x; src < g.group.num_ranks; src += blockDim.x)
     call.args.missing[src] = !is_summed || !ll_has(sources, src);
   __syncthreads();
   if (threadIdx.x != 0) return;
   LlStatus status = LlStatus::kOk;
   if (finding != INT32_MAX)
-    status = ll_report(g, board, came, half.combine - 1, finding, call.record);
+    status = ll_report(g, board, came, number, finding, call.record);
   else if (!is_summed)
     status = LlStatus::kTimeout;
+  ll_stamp(g, number, kLlStampEnd);
   half.combine = 0;
   half.is_collected = 0;
+  if (call.is_whole) state.next_number = number + 1;
   ll_reset_blocks(g);
   ll_end(g, call.record, status);
 }
@@ -234,18 +284,34 @@ __global__ void __launch_bounds__(kNumThreads, 1)
                            const __grid_constant__ LlCombineCall call) {
   extern __shared__ uint4 shared[];
   __shared__ LlBoard board;
+  __shared__ LlWords words;
+  const LlStart start = ll_start(g);
   const LlHalfState& half = g.state->halves[call.half];
+  const LlRanks peers = half.peers & ~start.masked;
+  const uint64_t number = call.is_whole ? start.number : start.combines[call.half] - 1;
+  const bool is_usable = start.failed == 0 && (call.is_whole || start.combines[call.half] != 0);
   const Sums sums = make_sums(g, call, board, shared);
+  const bool is_first = blockIdx.x == 0 && threadIdx.x == 0;
+  if (is_first) ll_stamp(g, number, call.is_whole ? kLlStampBegin : kLlStampReceiving);
+  if (!call.is_whole || blockIdx.x != 0) sums.fill(sums.first_token());
+  if (call.is_whole && is_usable && blockIdx.x == 0) {
+    ll_check_idx(g, call, 0, 1);
+    __syncthreads();
+    ll_post_rows(g, call, start, board, words);
+    sums.fill(sums.first_token());
+  }
   LlRanks came = 0, sources = 0;
   int finding = INT32_MAX;
-  if (half.combine != 0 && load_word(&g.state->failed) == 0) {
-    const LlRanks peers = half.peers & ~read_word(&g.state->masked);
-    came = take_posts(g, call, board);
+  if (is_usable) {
+    came = take_posts(g, call, board, number);
+    if (is_first) ll_stamp(g, number, kLlStampArrived);
     finding = ll_find(g, board, came);
     sources = peers & came & ~learn(g, board, came);
     if (finding == INT32_MAX) sums.run(sources);
+    if (is_first) ll_stamp(g, number, kLlStampSummed);
   }
-  if (ll_is_last_block(g)) finish(g, sums, board, came, sources, finding);
+  if (ll_is_last_block<LlReaders::kThisDevice>(g))
+    finish(g, sums, board, came, sources, finding, number);
 }
 
 int64_t num_pieces(const LlSizes& sizes) {

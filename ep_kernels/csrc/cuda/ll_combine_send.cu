@@ -1,11 +1,12 @@
 // The send half of a low-latency combine on the GPU. The twin of the steps of combine in
 // cpu/low_latency.cpp.
 //
-//   every block   compare topk_idx with the handle            check_idx
+//   every block   compare topk_idx with the handle            ll_check_idx
 //                 copy or compress rows                       stage
-//   last block    "my rows can be read" to all ranks          post_rows
+//   last block    "my rows can be read" to all ranks          ll_post_rows
 
 #include "cuda/check_cuda.h"
+#include "cuda/ll_combine_post.cuh"
 #include "cuda/ll_kernels.h"
 #include "cuda/ll_posts.cuh"
 #include "cuda/ll_rows.cuh"
@@ -15,15 +16,6 @@ namespace {
 
 constexpr int kNumThreads = 1024;
 constexpr int kNumWarps = kNumThreads / kLlWarpSize;
-
-/// All blocks: notes the first choice that is not what was dispatched.
-__device__ void check_idx(const LlGroup& g, const LlCombineCall& call) {
-  const int64_t num_choices = call.sizes.num_tokens * call.sizes.num_topk;
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < num_choices;
-       i += int64_t{gridDim.x} * blockDim.x)
-    if (call.args.topk_idx[i] != call.args.experts[i])
-      atomicMin(atomic_word(&g.state->bad), static_cast<AtomicWord>(i));
-}
 
 /// The rows of this rank's experts, in shared memory.
 struct RowList {
@@ -144,54 +136,27 @@ __device__ void stage(const LlGroup& g, const LlCombineCall& call, void* shared)
   }
 }
 
-/// All threads of the last block: announces that the rows can be read.
-__device__ void post_rows(const LlGroup& g, const LlCombineCall& call, LlBoard& board,
-                          LlWords& words) {
-  LlState& state = *g.state;
-  LlHalfState& half = state.halves[call.half];
-  const uint64_t number = state.next_number;
-  ll_collect_old(g, board, number);
-  const LlRanks view = read_word(&state.masked);
-  ll_begin_words(g, words, LlOp::kCombine, call.sizes, call.held, view);
-  if (threadIdx.x == 0) {
-    words.word[kLlFieldDispatch] = half.number - 1;
-    words.word[kLlFieldWire] = call.args.wire;
-    words.word[kLlWordWindow] = call.half;
-    const auto bad = static_cast<int64_t>(state.bad);
-    const int num_topk = call.sizes.num_topk;
-    if (half.error)
-      ll_refuse_in(words, LlStatus::kNoDispatch, {0, 0, 0, 0});
-    else if (state.bad != ~uint64_t{0})
-      ll_refuse_in(
-          words, LlStatus::kOtherIdx,
-          {bad / num_topk, bad % num_topk, call.args.topk_idx[bad], call.args.experts[bad]});
-  }
-  __syncthreads();
-  ll_send_post(g, number, 0, words, nullptr, nullptr, ll_peers(g, view));
-  if (threadIdx.x != 0) return;
-  half.combine = number + 1;
-  half.is_collected = 0;
-  state.next_number = number + 1;
-}
-
 __global__ void __launch_bounds__(kNumThreads, 1)
     combine_send_kernel(const __grid_constant__ LlGroup g,
                         const __grid_constant__ LlCombineCall call) {
   extern __shared__ uint4 shared[];
   __shared__ LlBoard board;
   __shared__ LlWords words;
-  const bool is_usable = load_word(&g.state->failed) == 0;
-  if (is_usable) {
-    check_idx(g, call);
+  const LlStart start = ll_start(g);
+  if (blockIdx.x == 0 && threadIdx.x == 0) ll_stamp(g, start.number, kLlStampBegin);
+  if (start.failed == 0) {
+    ll_check_idx(g, call, blockIdx.x, gridDim.x);
     if (!call.args.is_zero_copy && !g.state->halves[call.half].error) stage(g, call, shared);
   }
-  if (!ll_is_last_block(g)) return;
-  if (is_usable)
-    post_rows(g, call, board, words);
-  else if (threadIdx.x == 0)
-    g.state->halves[call.half].combine = 0;
+  if (!ll_is_last_block<LlReaders::kPeers>(g)) return;
+  LlHalfState& half = g.state->halves[call.half];
+  if (start.failed == 0) ll_post_rows(g, call, start, board, words);
   __syncthreads();
-  if (threadIdx.x == 0) ll_reset_blocks(g);
+  if (threadIdx.x != 0) return;
+  half.combine = start.failed ? 0 : start.number + 1;
+  half.is_collected = 0;
+  if (start.failed == 0) g.state->next_number = start.number + 1;
+  ll_reset_blocks(g);
 }
 
 }  // namespace

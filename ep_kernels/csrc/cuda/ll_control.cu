@@ -17,20 +17,22 @@ __global__ void __launch_bounds__(kNumThreads)
   __shared__ LlBoard board;
   __shared__ LlWords words;
   LlState& state = *g.state;
-  if (load_word(&state.failed)) {
+  const LlStart start = ll_start(g);
+  if (start.failed) {
     if (threadIdx.x == 0) ll_end(g, call.record, LlStatus::kTimeout);
     return;
   }
-  const uint64_t number = state.next_number;
+  const uint64_t number = start.number;
   const bool is_refused = call.op == static_cast<int32_t>(LlOp::kRefused);
-  ll_collect_old(g, board, number);
-  const LlRanks view = read_word(&state.masked);
-  ll_begin_words(g, words, static_cast<LlOp>(call.op), LlSizes{}, call.held, view);
+  const LlRanks view = ll_collect_old(g, board, start);
+  ll_begin_words(start, words, static_cast<LlOp>(call.op), LlSizes{}, call.held);
+  if (threadIdx.x == 0) words.word[kLlWordMasked] = view;
   __syncthreads();
-  ll_send_post(g, number, 0, words, nullptr, is_refused ? call.text : nullptr, ll_peers(g, view));
-  const LlRanks came = ll_wait_posts(
-      g, board, number, ll_peers(g, view), nullptr, [&](int peer, LlLoss loss, uint64_t seen) {
-        ll_lose(g, ll_timeout(g, Phase::kPost, peer, ll_post_flag(number, 0), seen), loss);
+  ll_send_post(g, number, words, ll_peers(g, view), threadIdx.x, blockDim.x);
+  if (is_refused) ll_post_again(g, number, 0, words, call.text, ll_peers(g, view));
+  const LlRanks came =
+      ll_wait_posts(g, board, number, ll_peers(g, view), nullptr, [&](int peer, LlLoss loss) {
+        ll_lose(g, ll_timeout(g, Phase::kPost, peer, ll_post_flag(number, 0), 0), loss);
       });
   if (threadIdx.x == 0) {
     for (int peer = 0; peer < g.group.num_ranks; ++peer)

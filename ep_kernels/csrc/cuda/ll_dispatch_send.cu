@@ -2,13 +2,14 @@
 // steps of dispatch in cpu/low_latency.cpp.
 //
 //   block 0       count the choices, check them, post the counts           post_counts
-//   every block   its share of the pieces of rows: rows before it          LlShare::count
+//   the others    its share of the pieces of rows: rows before it          LlShare::count
 //                 place its tokens relative to this rank's first rows      LlShare::place
 //                 load and cast the first pieces, while the posts come
 //                 wait for the posts, agree                                ll_settle
 //                 who sent how much to this rank                           keep_counts
 //                 final rows, send                                         LlShare::resolve, send
 //   last block    "done" to all ranks, the state of the half               close
+//                 the receive half, if that is to follow at once           ll_receive_rows
 
 #include <algorithm>
 
@@ -16,6 +17,7 @@
 #include "cuda/check_cuda.h"
 #include "cuda/ll_agreement.cuh"
 #include "cuda/ll_kernels.h"
+#include "cuda/ll_receive.cuh"
 #include "cuda/ll_share.cuh"
 
 namespace ep::cuda {
@@ -28,26 +30,36 @@ constexpr int kHeldPieces = 4;  ///< of a warp, in registers while the posts com
 template <typename Format>
 __device__ void check_and_count(const LlShare<Format>& share, LlBoard& board, LlWords& words) {
   const LlDispatchArgs& args = share.call.args;
-  const int64_t num_choices = args.sizes.num_tokens * args.sizes.num_topk;
-  const int num_topk = args.sizes.num_topk;
+  const int num_topk = args.sizes.num_topk, num_experts = share.g.group.num_experts;
+  const int num_choices = static_cast<int>(args.sizes.num_tokens) * num_topk;
+  auto* experts = reinterpret_cast<int32_t*>(share.slots);  // of whole tokens, a wave at a time
+  const int wave = share.tokens_per_wave * num_topk;
   constexpr AtomicWord kNone = ~AtomicWord{0};
+  constexpr int32_t kOutside = INT32_MAX;
   if (threadIdx.x == 0) board.came = kNone;
-  for (int i = threadIdx.x; i < share.g.group.num_experts; i += blockDim.x) share.next[i] = 0;
-  __syncthreads();
-  for (int64_t i = threadIdx.x; i < num_choices; i += blockDim.x) {
-    const int64_t expert = args.topk_idx[i];
-    bool is_twice = false;
-    for (int64_t other = i - i % num_topk; other < i && expert >= 0; ++other)
-      is_twice |= args.topk_idx[other] == expert;
-    const bool is_outside = expert < -1 || expert >= share.g.group.num_experts;
-    if (is_outside || is_twice)
-      atomicMin(&board.came, static_cast<AtomicWord>(2 * i + (is_outside ? 0 : 1)));
-    else if (expert >= 0)
-      atomicAdd(share.next + expert, 1);
+  for (int i = threadIdx.x; i < num_experts; i += blockDim.x) share.next[i] = 0;
+  for (int first = 0; first < num_choices; first += wave) {
+    const int num_here = min(wave, num_choices - first);
+    for (int i = threadIdx.x; i < num_here; i += blockDim.x) {
+      const int64_t expert = args.topk_idx[first + i];
+      const bool is_outside = expert < -1 || expert >= num_experts;
+      experts[i] = is_outside ? kOutside : static_cast<int32_t>(expert);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < num_here; i += blockDim.x) {
+      const int32_t expert = experts[i];
+      bool is_twice = false;
+      for (int other = i - i % num_topk; other < i; ++other) is_twice |= experts[other] == expert;
+      if (expert == kOutside || (is_twice && expert >= 0))
+        atomicMin(&board.came,
+                  2 * static_cast<AtomicWord>(first + i) + (expert == kOutside ? 0 : 1));
+      else if (expert >= 0)
+        atomicAdd(share.next + expert, 1);
+    }
+    __syncthreads();
   }
-  __syncthreads();
   if (threadIdx.x == 0 && board.came != kNone) {
-    const auto i = static_cast<int64_t>(board.came / 2);
+    const auto i = static_cast<int>(board.came / 2);
     ll_refuse_in(words, board.came % 2 ? LlStatus::kTwice : LlStatus::kBadExpert,
                  {i / num_topk, i % num_topk, args.topk_idx[i], 0});
   }
@@ -56,32 +68,42 @@ __device__ void check_and_count(const LlShare<Format>& share, LlBoard& board, Ll
 
 /// All threads of block 0: announces the call with the counts of its rows.
 template <typename Format>
-__device__ void post_counts(const LlShare<Format>& share, LlBoard& board, LlWords& words,
-                            LlRanks view) {
+__device__ void post_counts(const LlShare<Format>& share, const LlStart& start, LlBoard& board,
+                            LlWords& words) {
   const LlDispatchCall& call = share.call;
-  ll_collect_old(share.g, board, share.number);
-  ll_begin_words(share.g, words, LlOp::kDispatch, call.args.sizes, call.held, view);
+  ll_collect_old(share.g, board, start);
+  ll_begin_words(start, words, LlOp::kDispatch, call.args.sizes, call.held);
   if (threadIdx.x == 0) {
     words.word[kLlWordWindow] = call.half;
-    words.word[kLlWordReused] = share.g.state->halves[call.half].number;
+    words.word[kLlWordReused] = start.numbers[call.half];
     share.g.state->halves[call.half].error = 0;
   }
   check_and_count(share, board, words);
-  ll_send_post(share.g, share.number, 0, words, share.next, nullptr, ll_peers(share.g, view));
+  const LlRanks to = ll_peers(share.g, start.masked);
+  ll_send_post(share.g, share.number, words, to, threadIdx.x, blockDim.x);
+  ll_send_counts(share.g, share.number, share.next, to);
 }
 
-/// Threads of `num_parts` blocks: keeps who sent how much to each expert of this rank.
+/// Threads of `num_parts` blocks: keeps who sent how much to each expert of this rank. The posts of
+/// `peers` have come.
 __device__ void keep_counts(const LlGroup& g, int half, uint64_t number, LlRanks peers, int part,
                             int num_parts) {
   const int num_ranks = g.group.num_ranks;
+  const uint64_t deadline = now_ns() + g.group.timeout_ns;
   int32_t* kept = g.counts + static_cast<int64_t>(half) * g.group.num_local_experts * num_ranks;
   for (int i = part * blockDim.x + threadIdx.x; i < g.group.num_experts * num_ranks;
        i += num_parts * blockDim.x) {
     const int expert = i % g.group.num_experts, src = i / g.group.num_experts;
     if (g.group.placement.rank_of[expert] != g.group.rank) continue;
-    const int32_t count =
-        ll_has(peers, src) ? __ldcg(ll_counts(g, number, g.group.rank, src) + expert) : 0;
-    kept[g.group.placement.local_of[expert] * num_ranks + src] = count;
+    uint64_t count = ll_tag(number, 0);
+    if (ll_has(peers, src)) {
+      const uint64_t* word = ll_tagged_counts(g, number, g.group.rank, src) + expert;
+      do count = load_relaxed(word);
+      while (!ll_has_tag(count, number) && now_ns() < deadline);
+    }
+    if (!ll_has_tag(count, number))
+      g.state->halves[half].error = static_cast<int32_t>(LlStatus::kTimeout);
+    kept[g.group.placement.local_of[expert] * num_ranks + src] = static_cast<int32_t>(count);
   }
 }
 
@@ -100,33 +122,49 @@ __device__ void keep_own_rows(LlShare<Format> share, LlRanks view) {
   const LlRanks self = ll_bit(g.group.rank);
   keep_counts(g, share.call.half, share.number, self, 0, 1);
   share.begin = 0;
-  share.end = share.call.args.sizes.num_tokens * share.pieces_per_token;
+  share.end = static_cast<int>(share.call.args.sizes.num_tokens) * share.pieces_per_token;
   share.count(0);
   share.send_from(0, self);
   __syncthreads();
+}
+
+/// All threads: the line of done of this dispatch at a peer.
+template <typename Format>
+__device__ LlDoneLine& done_line_at(const LlShare<Format>& share, int peer) {
+  const auto half = static_cast<int>(share.board.posts[peer].word[kLlWordWindow]);
+  return ll_done_line(share.g, half, peer, share.g.group.rank);
+}
+
+/// All threads of one block: writes the view to the lines of done, long before their flags.
+template <typename Format>
+__device__ void tell_view(const LlShare<Format>& share, const LlSettled& settled) {
+  const bool is_given_up = settled.verdict == LlVerdict::kGivenUp;
+  for (int peer = threadIdx.x; peer < share.g.group.num_ranks; peer += blockDim.x)
+    if (ll_has(ll_peers(share.g, settled.view), peer))
+      done_line_at(share, peer).view.words[0] = is_given_up ? kLlGivenUp : settled.view;
 }
 
 /// All threads of the last block: tells all ranks, and keeps what the receive half has to know.
 template <typename Format>
 __device__ void close(const LlShare<Format>& share, const LlSettled& settled) {
   const LlGroup& g = share.g;
+  if (threadIdx.x == 0) ll_stamp(g, share.number, kLlStampWritten);
   LlHalfState& half = g.state->halves[share.call.half];
   const bool is_given_up = settled.verdict == LlVerdict::kGivenUp;
-  const LlRanks view = is_given_up ? kLlGivenUp : settled.view;
   const LlRanks told = settled.verdict == LlVerdict::kEnd ? 0 : ll_peers(g, settled.view);
+  if (is_given_up) tell_view(share, settled);
   for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x) {
     if (!ll_has(told, peer)) continue;
     half.peer_half[peer] = static_cast<uint8_t>(share.board.posts[peer].word[kLlWordWindow]);
-    LlDoneLine& line = ll_done_line(g, half.peer_half[peer], peer, g.group.rank);
-    line.view.words[0] = view;
-    store_flag(&line.flag, share.number + 1);
+    store_flag(&done_line_at(share, peer).flag, share.number + 1);
   }
   if (is_given_up) keep_own_rows(share, settled.view);
   if (threadIdx.x != 0) return;
+  ll_stamp(g, share.number, kLlStampSaid);
   if (g.state->failed || (told == 0 && half.error == 0))
     half.error = static_cast<int32_t>(LlStatus::kTimeout);
   half.number = half.error ? 0 : share.number + 1;
-  half.view = view;
+  half.view = is_given_up ? kLlGivenUp : settled.view;
   half.peers = is_given_up ? ll_bit(g.group.rank) : told;
   half.combine = 0;
   half.is_collected = 0;
@@ -141,37 +179,52 @@ __global__ void __launch_bounds__(kLlSendThreads, 1)
   extern __shared__ uint4 shared[];
   __shared__ LlBoard board;
   __shared__ LlWords words;
-  const LlShare<Format> share = make_share<Format>(g, call, board, shared);
-  const LlRanks view = read_word(&g.state->masked);
-  LlSettled settled{LlVerdict::kEnd, view};
-  if (load_word(&g.state->failed) == 0) {
-    if (blockIdx.x == 0) post_counts(share, board, words, view);
-    const int64_t first = share.first_token();
+  const LlStart start = ll_start(g);
+  const LlShare<Format> share = make_share<Format>(g, call, board, start.number, shared);
+  LlSettled settled{LlVerdict::kEnd, start.masked};
+  const bool is_first = blockIdx.x == 0 && threadIdx.x == 0;
+  if (is_first) ll_stamp(g, share.number, kLlStampBegin);
+  if (start.failed == 0) {
+    if (blockIdx.x == 0) post_counts(share, start, board, words);
+    if (is_first) ll_stamp(g, share.number, kLlStampPosted);
+    const int first = share.first_token();
     share.count(first);
     if (first < share.end_token()) share.place(first);
     LlPiece held[kHeldPieces];
 #pragma unroll
     for (int i = 0; i < kHeldPieces; ++i) {
-      const int64_t piece = share.first_piece(first) + i * kLlSendWarps;
+      const int piece = share.first_piece(first) + i * kLlSendWarps;
       if (piece < share.end_piece(first)) held[i] = share.load(piece);
     }
-    settled = ll_settle(g, board, call, share.number, words, view);
+    if (is_first) ll_stamp(g, share.number, kLlStampPlaced);
+    settled = ll_settle(g, board, call, share.number, words, start.masked);
+    if (is_first) ll_stamp(g, share.number, kLlStampAgreed);
     if (settled.verdict == LlVerdict::kGo) {
       const LlRanks peers = ll_peers(g, settled.view);
-      keep_counts(g, call.half, share.number, peers, blockIdx.x, gridDim.x);
+      if (blockIdx.x == 0) tell_view(share, settled);
       if (first < share.end_token()) {
         share.resolve(first, peers);
+        if (is_first) ll_stamp(g, share.number, kLlStampResolved);
 #pragma unroll
         for (int i = 0; i < kHeldPieces; ++i) {
-          const int64_t piece = share.first_piece(first) + i * kLlSendWarps;
+          const int piece = share.first_piece(first) + i * kLlSendWarps;
           if (piece < share.end_piece(first)) share.send(piece, held[i], first);
         }
         share.send_wave(first, kHeldPieces);
         share.send_from(share.wave_end(first), peers);
       }
+      if (ll_has_leader() && blockIdx.x == 0)
+        keep_counts(g, call.half, share.number, peers, 0, 1);
+      else if (!ll_has_leader())
+        keep_counts(g, call.half, share.number, peers, blockIdx.x, gridDim.x);
     }
   }
-  if (ll_is_last_block(g)) close(share, settled);
+  if (is_first) ll_stamp(g, share.number, kLlStampSent);
+  if (!ll_is_last_block<LlReaders::kPeers>(g)) return;
+  close(share, settled);
+  if (!call.is_whole) return;
+  __syncthreads();
+  ll_receive_rows(g, call, board);
 }
 
 template <typename Format>

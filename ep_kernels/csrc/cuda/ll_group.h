@@ -52,8 +52,8 @@ struct LlRecord {
   char text[kMaxText];
 };
 
-/// The words of a post before its text.
-constexpr int kNumLlWords = static_cast<int>(offsetof(LlPost, text) / sizeof(uint64_t));
+/// The words of a post that GPUs use: up to the first of its set of masked ranks.
+constexpr int kNumLlWords = static_cast<int>(offsetof(LlPost, masked) / sizeof(uint64_t)) + 1;
 struct LlWords {
   uint64_t word[kNumLlWords];
 };
@@ -77,6 +77,25 @@ struct LlHalfState {
   LlWords posts[kMaxRanks];
 };
 
+/// Moments of a call that are kept for whoever asks where its time went; those that a call does not
+/// come to stay 0. Send half first: of block 0, then of the block that ends last.
+enum LlStamp : int {
+  kLlStampBegin,      ///< the send kernel runs
+  kLlStampPosted,     ///< dispatch: this rank has posted
+  kLlStampPlaced,     ///< dispatch: first pieces are loaded, tokens placed
+  kLlStampAgreed,     ///< dispatch: all ranks have posted the same
+  kLlStampResolved,   ///< dispatch: rows have addresses
+  kLlStampSent,       ///< dispatch: block 0 has sent its rows
+  kLlStampWritten,    ///< all blocks have
+  kLlStampSaid,       ///< the peers are told: done, or a combine's post
+  kLlStampReceiving,  ///< the receive kernel runs
+  kLlStampArrived,    ///< what it waits for is there
+  kLlStampSummed,     ///< combine: block 0 has its sums
+  kLlStampEnd,
+  kNumLlStamps,
+};
+constexpr int kNumLlStamped = 64;  ///< calls
+
 /// Device memory of one rank that only its own kernels touch; they run one after the other.
 struct LlState {
   uint64_t next_number;
@@ -91,6 +110,7 @@ struct LlState {
   int64_t loss;                       ///< LlLoss
   uint64_t answer;                    ///< of an un-masking: the peers that did not answer
   LlHalfState halves[2];
+  uint64_t stamps[kNumLlStamped][kNumLlStamps];  ///< [number % kNumLlStamped] nanoseconds
 };
 
 /// The group as the kernels see it; passed by value.
@@ -110,7 +130,8 @@ struct LlDispatchCall {
   LlDispatchArgs args;
   LlRecord* record;
   int32_t half;
-  int32_t held;  ///< bit h: half h holds a result
+  int32_t held;      ///< bit h: half h holds a result
+  int32_t is_whole;  ///< the receive half follows in the kernel of the send half
 };
 
 struct LlCombineCall {
@@ -119,6 +140,7 @@ struct LlCombineCall {
   LlRecord* record;
   int32_t half;
   int32_t held;
+  int32_t is_whole;
 };
 
 /// A call without rows: a barrier, or one that this rank refuses.

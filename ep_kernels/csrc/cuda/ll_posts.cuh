@@ -10,12 +10,31 @@ namespace ep::cuda {
 struct LlBoard {
   LlWords posts[kMaxRanks];
   AtomicWord came, masked;
+  int64_t waited[kMaxRanks];  ///< microseconds
   int finding;
 };
 
-/// All threads: fills the words of a post; fields are to be set after a barrier.
-__device__ inline void ll_begin_words(const LlGroup& g, LlWords& words, LlOp op,
-                                      const LlSizes& sizes, int held, LlRanks masked) {
+/// What a kernel finds of the calls before. All loads are under way before the first is used.
+struct LlStart {
+  uint64_t number;  ///< of this call
+  LlRanks masked;
+  uint64_t numbers[2];  ///< of the halves
+  uint64_t combines[2];
+  uint32_t failed;
+};
+
+__device__ __forceinline__ LlStart ll_start(const LlGroup& g) {
+  const LlState& state = *g.state;
+  return {read_word(&state.next_number),
+          read_word(&state.masked),
+          {read_word(&state.halves[0].number), read_word(&state.halves[1].number)},
+          {read_word(&state.halves[0].combine), read_word(&state.halves[1].combine)},
+          read_word(&state.failed)};
+}
+
+/// Thread 0 fills the words of a post; the same thread may change them.
+__device__ inline void ll_begin_words(const LlStart& start, LlWords& words, LlOp op,
+                                      const LlSizes& sizes, int held) {
   if (threadIdx.x != 0) return;
   for (uint64_t& word : words.word) word = 0;
   words.word[kLlFieldOp] = static_cast<uint64_t>(op);
@@ -23,8 +42,8 @@ __device__ inline void ll_begin_words(const LlGroup& g, LlWords& words, LlOp op,
   words.word[kLlFieldHidden] = sizes.hidden;
   words.word[kLlFieldFormat] = sizes.format;
   for (int half = 0; half < 2; ++half)
-    if (held >> half & 1) words.word[kLlWordHeld + half] = g.state->halves[half].number;
-  words.word[kLlWordMasked] = masked;
+    if (held >> half & 1) words.word[kLlWordHeld + half] = start.numbers[half];
+  words.word[kLlWordMasked] = start.masked;
 }
 
 /// One thread: turns the post into a refusal that says what is wrong in its fields.
@@ -34,20 +53,39 @@ __device__ inline void ll_refuse_in(LlWords& words, LlStatus kind, const int64_t
   for (int i = 0; i < 4; ++i) words.word[2 + i] = static_cast<uint64_t>(detail[i]);
 }
 
-/// All threads: writes the post, `counts` and `text` if given, to the ranks of `to`; then the
-/// flags.
-__device__ inline void ll_send_post(const LlGroup& g, uint64_t number, int attempt,
-                                    const LlWords& words, const int32_t* counts, const char* text,
-                                    LlRanks to) {
-  const int rank = g.group.rank, num_ranks = g.group.num_ranks, num_experts = g.group.num_experts;
+/// Threads of one block or warp, `part` of `num_parts`: writes the post in words with tags.
+/// NOTE: they have no order; a post that announces rows needs a fence of each thread before.
+__device__ inline void ll_send_post(const LlGroup& g, uint64_t number, const LlWords& words,
+                                    LlRanks to, int part, int num_parts) {
+  const int rank = g.group.rank;
+  for (int i = part; i < g.group.num_ranks * 2 * kNumLlWords; i += num_parts) {
+    const int peer = i / (2 * kNumLlWords), at = i % (2 * kNumLlWords);
+    const auto value = static_cast<uint32_t>(words.word[at / 2] >> (32 * (at % 2)));
+    if (ll_has(to, peer))
+      store_relaxed(ll_tagged(g, number, peer, rank) + at, ll_tag(number, value));
+  }
+}
+
+/// All threads: writes the counts that go with a post.
+__device__ inline void ll_send_counts(const LlGroup& g, uint64_t number, const int32_t* counts,
+                                      LlRanks to) {
+  const int num_ranks = g.group.num_ranks, num_experts = g.group.num_experts;
+  for (int i = threadIdx.x; i < num_ranks * num_experts; i += blockDim.x) {
+    const int peer = i / num_experts, expert = i % num_experts;
+    if (ll_has(to, peer))
+      store_relaxed(ll_tagged_counts(g, number, peer, g.group.rank) + expert,
+                    ll_tag(number, static_cast<uint32_t>(counts[expert])));
+  }
+}
+
+/// All threads: writes a post with a flag to the ranks of `to`: a later attempt, or one with text.
+__device__ inline void ll_post_again(const LlGroup& g, uint64_t number, int attempt,
+                                     const LlWords& words, const char* text, LlRanks to) {
+  const int rank = g.group.rank, num_ranks = g.group.num_ranks;
   for (int i = threadIdx.x; i < num_ranks * kNumLlWords; i += blockDim.x) {
     const int peer = i / kNumLlWords, word = i % kNumLlWords;
     if (ll_has(to, peer))
       reinterpret_cast<uint64_t*>(&ll_post(g, number, peer, rank))[word] = words.word[word];
-  }
-  for (int i = threadIdx.x; counts && i < num_ranks * num_experts; i += blockDim.x) {
-    const int peer = i / num_experts, expert = i % num_experts;
-    if (ll_has(to, peer)) ll_counts(g, number, peer, rank)[expert] = counts[expert];
   }
   for (int i = threadIdx.x; text && i < num_ranks * kMaxText; i += blockDim.x)
     if (ll_has(to, i / kMaxText))
@@ -57,54 +95,120 @@ __device__ inline void ll_send_post(const LlGroup& g, uint64_t number, int attem
     if (ll_has(to, peer)) store_flag(ll_flag(g, number, peer, rank), ll_post_flag(number, attempt));
 }
 
+/// Whether a peer has posted again, so that only the words behind the flag count.
+__device__ __forceinline__ bool ll_has_posted_again(const LlGroup& g, uint64_t number, int peer) {
+  return load_flag(ll_flag(g, number, g.group.rank, peer)) >= ll_post_flag(number, 0);
+}
+
+/// A word of a peer's post. False if it has not come.
+__device__ __forceinline__ bool ll_read_post_word(const LlGroup& g, uint64_t number, int peer,
+                                                  int word, uint64_t* value) {
+  if (ll_has_posted_again(g, number, peer)) {
+    const auto* post = reinterpret_cast<const uint64_t*>(&ll_post(g, number, g.group.rank, peer));
+    *value = load_flag(post + word);
+    return true;
+  }
+  const uint64_t* halves = ll_tagged(g, number, g.group.rank, peer) + 2 * word;
+  const uint64_t low = load_flag(halves), high = load_flag(halves + 1);
+  *value = high << 32 | static_cast<uint32_t>(low);
+  return ll_has_tag(low, number) && ll_has_tag(high, number);
+}
+
 /// All threads: reads the posts of `from`, which have come.
 __device__ inline void ll_read_posts(const LlGroup& g, LlBoard& board, uint64_t number,
                                      LlRanks from) {
   __syncthreads();
   for (int i = threadIdx.x; i < g.group.num_ranks * kNumLlWords; i += blockDim.x) {
     const int src = i / kNumLlWords, word = i % kNumLlWords;
-    if (ll_has(from, src))
-      board.posts[src].word[word] = __ldcg(
-          reinterpret_cast<const AtomicWord*>(&ll_post(g, number, g.group.rank, src)) + word);
+    if (ll_has(from, src)) ll_read_post_word(g, number, src, word, &board.posts[src].word[word]);
   }
   __syncthreads();
+}
+
+/// All threads, one for each word of each post of `from`: takes the word when it comes, for which
+/// wait(peer, &loss, is_there) waits. ended(peer, has_come, loss) is told of each. Whether all have
+/// come that this thread has waited for.
+template <typename Wait, typename Ended>
+__device__ bool ll_take_posts(const LlGroup& g, LlBoard& board, uint64_t number, LlRanks from,
+                              Wait&& wait, Ended&& ended) {
+  bool have_come = true;
+  for (int i = threadIdx.x; i < g.group.num_ranks * kNumLlWords; i += blockDim.x) {
+    const int src = i / kNumLlWords, word = i % kNumLlWords;
+    if (!ll_has(from, src)) continue;
+    const uint64_t* halves = ll_tagged(g, number, g.group.rank, src) + 2 * word;
+    LlLoss loss = LlLoss::kLate;
+    const bool has_come = wait(src, &loss, [&] {
+      const uint64_t low = load_flag(halves), high = load_flag(halves + 1);
+      board.posts[src].word[word] = high << 32 | static_cast<uint32_t>(low);
+      return ll_has_tag(low, number) && ll_has_tag(high, number);
+    });
+    ended(src, has_come, loss);
+    have_come &= has_come;
+  }
+  return have_come;
 }
 
 /// All threads: waits for the posts of `from` and reads them. Returns who came. The losses of the
-/// others are told to lost(peer, loss, seen) by one thread each.
+/// others are told to lost(peer, loss) by one thread each.
 template <typename Lost>
 __device__ LlRanks ll_wait_posts(const LlGroup& g, LlBoard& board, uint64_t number, LlRanks from,
                                  int64_t* waited_us, Lost&& lost) {
-  if (threadIdx.x == 0) board.came = 0;
+  if (threadIdx.x == 0) board.came = from;
   __syncthreads();
   const uint64_t start = now_ns();
-  for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x) {
-    if (!ll_has(from, peer)) continue;
-    uint64_t seen = 0;
-    LlLoss loss;
-    const bool has_come = ll_wait(g, peer, start + g.group.timeout_ns, &loss, [&] {
-      seen = load_flag(ll_flag(g, number, g.group.rank, peer));
-      return seen >= ll_post_flag(number, 0);
-    });
-    if (has_come)
-      atomicOr(&board.came, ll_bit(peer));
-    else
-      lost(peer, loss, seen);
-    if (waited_us) waited_us[peer] += static_cast<int64_t>((now_ns() - start) / 1000);
-  }
+  const auto wait = [&](int peer, LlLoss* loss, auto&& is_there) {
+    const bool has_come = ll_wait(g, peer, start + g.group.timeout_ns, loss, is_there);
+    if (waited_us) board.waited[peer] = static_cast<int64_t>((now_ns() - start) / 1000);
+    return has_come;
+  };
+  ll_take_posts(g, board, number, from, wait, [&](int peer, bool has_come, LlLoss loss) {
+    if (!has_come && ll_has(atomicAnd(&board.came, ~AtomicWord{ll_bit(peer)}), peer))
+      lost(peer, loss);
+  });
   __syncthreads();
-  const LlRanks came = board.came;
-  ll_read_posts(g, board, number, came);
-  return came;
+  for (int peer = threadIdx.x; waited_us && peer < g.group.num_ranks; peer += blockDim.x)
+    if (ll_has(from, peer)) waited_us[peer] += board.waited[peer];
+  return board.came;
+}
+
+/// One thread: what the post of a peer says was wrong with it. It has come.
+__device__ inline void ll_read_text(const LlGroup& g, uint64_t number, int peer, char* text) {
+  const uint64_t deadline = now_ns() + g.group.timeout_ns;
+  while (load_flag(ll_flag(g, number, g.group.rank, peer)) < ll_post_flag(number, 0) &&
+         now_ns() < deadline) {
+  }
+  for (int i = 0; i < kMaxText; ++i) text[i] = ll_post(g, number, g.group.rank, peer).text[i];
 }
 
 // Comparison.
+
+/// All threads, a part each, then to be combined: whether the posts of `members`, this rank among
+/// them, say the same, refuse nothing, and reuse no half that somebody reads.
+__device__ inline bool ll_is_same(const LlGroup& g, const LlBoard& board, LlRanks members) {
+  const int num_ranks = g.group.num_ranks;
+  const LlWords& own = board.posts[g.group.rank];
+  bool is_same = own.word[kLlFieldOp] != static_cast<uint64_t>(LlOp::kRefused);
+  for (int i = threadIdx.x; i < num_ranks * kNumLlFields; i += blockDim.x) {
+    const int src = i / kNumLlFields, field = i % kNumLlFields;
+    is_same &= !ll_has(members, src) || board.posts[src].word[field] == own.word[field];
+  }
+  for (int i = threadIdx.x; i < num_ranks * num_ranks; i += blockDim.x) {
+    const int owner = i / num_ranks, reader = i % num_ranks;
+    if (!ll_has(members, owner) || !ll_has(members, reader)) continue;
+    const uint64_t reused = board.posts[owner].word[kLlWordReused];
+    const uint64_t* held = &board.posts[reader].word[kLlWordHeld];
+    is_same &= reused == 0 || (held[0] != reused && held[1] != reused);
+  }
+  return is_same;
+}
 
 /// All threads: the lowest finding among the posts of `members`, or INT32_MAX: refusals by rank,
 /// then disagreements by rank and field, then results that a rank has let go of and another has
 /// not.
 __device__ inline int ll_find(const LlGroup& g, LlBoard& board, LlRanks members) {
   constexpr int kNothing = INT32_MAX;
+  if (__syncthreads_and(ll_has(members, g.group.rank) && ll_is_same(g, board, members)))
+    return kNothing;
   if (threadIdx.x == 0) board.finding = kNothing;
   __syncthreads();
   const int num_ranks = g.group.num_ranks, first = __ffsll(static_cast<int64_t>(members)) - 1;
@@ -140,8 +244,7 @@ __device__ inline LlStatus ll_report(const LlGroup& g, const LlBoard& board, LlR
     record->rank = finding;
     for (int i = 0; i < 4; ++i) record->detail[i] = static_cast<int64_t>(words.word[2 + i]);
     if (words.word[1] != 0) return static_cast<LlStatus>(words.word[1]);
-    for (int i = 0; i < kMaxText; ++i)
-      record->text[i] = ll_post(g, number, g.group.rank, finding).text[i];
+    ll_read_text(g, number, finding, record->text);
     return LlStatus::kRefused;
   }
   if (finding < num_ranks + num_fields) {
@@ -170,10 +273,9 @@ __device__ inline void ll_collect(const LlGroup& g, LlBoard& board, int half) {
   if (state.combine == 0 || state.is_collected) return;
   const uint64_t number = state.combine - 1;
   const LlRanks from = ll_peers(g, read_word(&g.state->masked));
-  const LlRanks came =
-      ll_wait_posts(g, board, number, from, nullptr, [&](int peer, LlLoss loss, uint64_t seen) {
-        ll_lose(g, ll_timeout(g, Phase::kPost, peer, ll_post_flag(number, 0), seen), loss);
-      });
+  const LlRanks came = ll_wait_posts(g, board, number, from, nullptr, [&](int peer, LlLoss loss) {
+    ll_lose(g, ll_timeout(g, Phase::kPost, peer, ll_post_flag(number, 0), 0), loss);
+  });
   for (int i = threadIdx.x; i < g.group.num_ranks * kNumLlWords; i += blockDim.x)
     state.posts[i / kNumLlWords].word[i % kNumLlWords] =
         board.posts[i / kNumLlWords].word[i % kNumLlWords];
@@ -184,11 +286,15 @@ __device__ inline void ll_collect(const LlGroup& g, LlBoard& board, int half) {
   __syncthreads();
 }
 
-/// All threads of the block that is about to post call `number`.
-__device__ inline void ll_collect_old(const LlGroup& g, LlBoard& board, uint64_t number) {
-  for (int half = 0; half < 2; ++half)
-    if (g.state->halves[half].combine != 0 && g.state->halves[half].combine + 1 <= number)
-      ll_collect(g, board, half);
+/// All threads of the block that is about to post. Returns whom this rank leaves out after it.
+__device__ inline LlRanks ll_collect_old(const LlGroup& g, LlBoard& board, const LlStart& start) {
+  bool is_changed = false;
+  for (int half = 0; half < 2; ++half) {
+    if (start.combines[half] == 0 || start.combines[half] + 1 > start.number) continue;
+    ll_collect(g, board, half);
+    is_changed = true;
+  }
+  return is_changed ? read_word(&g.state->masked) : start.masked;
 }
 
 }  // namespace ep::cuda

@@ -20,6 +20,9 @@ __device__ __forceinline__ AtomicWord* atomic_word(uint64_t* word) {
 __device__ __forceinline__ uint64_t read_word(const uint64_t* word) {
   return *static_cast<const volatile uint64_t*>(word);
 }
+__device__ __forceinline__ uint32_t read_word(const uint32_t* word) {
+  return *static_cast<const volatile uint32_t*>(word);
+}
 
 // Words of the region.
 
@@ -38,9 +41,21 @@ __device__ __forceinline__ LlPost& ll_post(const LlGroup& g, uint64_t number, in
   const size_t slot = g.layout.slot(number, src);
   return *ll_word<LlPost>(g, owner, g.layout.posts + slot * g.layout.post_stride);
 }
-__device__ __forceinline__ int32_t* ll_counts(const LlGroup& g, uint64_t number, int owner,
-                                              int src) {
-  return reinterpret_cast<int32_t*>(&ll_post(g, number, owner, src) + 1);
+/// A post again, in words that carry the number of their call and so need no flag: the halves of
+/// its words, then the counts of the rows to each expert. Those of the first attempt.
+__device__ __forceinline__ uint64_t* ll_tagged(const LlGroup& g, uint64_t number, int owner,
+                                               int src) {
+  return reinterpret_cast<uint64_t*>(&ll_post(g, number, owner, src) + 1);
+}
+__device__ __forceinline__ uint64_t* ll_tagged_counts(const LlGroup& g, uint64_t number, int owner,
+                                                      int src) {
+  return ll_tagged(g, number, owner, src) + 2 * kNumLlWords;
+}
+__device__ __forceinline__ uint64_t ll_tag(uint64_t number, uint32_t value) {
+  return (number + 1) << 32 | value;
+}
+__device__ __forceinline__ bool ll_has_tag(uint64_t word, uint64_t number) {
+  return word >> 32 == static_cast<uint32_t>(number + 1);
 }
 /// Lines of done lie by the half that the owner receives in: nobody writes one again before the
 /// owner has posted its next dispatch for that half.
@@ -130,6 +145,13 @@ __device__ __forceinline__ TimeoutRecord ll_timeout(const LlGroup& g, Phase phas
 
 // Ends of calls and kernels.
 
+/// One thread.
+__device__ __forceinline__ void ll_stamp(const LlGroup& g, uint64_t number, LlStamp which) {
+  uint64_t* stamps = g.state->stamps[number % kNumLlStamped];
+  for (int i = 0; which == kLlStampBegin && i < kNumLlStamps; ++i) stamps[i] = 0;
+  stamps[which] = now_ns();
+}
+
 /// One thread, at the end of a call: tells the host.
 __device__ inline void ll_end(const LlGroup& g, LlRecord* record, LlStatus status) {
   if (g.is_captured && status == LlStatus::kOk) return;
@@ -141,15 +163,23 @@ __device__ inline void ll_end(const LlGroup& g, LlRecord* record, LlStatus statu
   *static_cast<volatile int32_t*>(&record->status) = static_cast<int32_t>(status);
 }
 
+/// Who reads what the blocks of a kernel have written.
+enum class LlReaders { kThisDevice, kPeers };
+
 /// All threads, once, at the end of every block of a kernel: whether this block is the last one. It
 /// sees, and its flags announce, what all blocks have written.
-__device__ inline bool ll_is_last_block(const LlGroup& g) {
+template <LlReaders kReaders>
+__device__ bool ll_is_last_block(const LlGroup& g) {
   __shared__ bool is_last;
   __syncthreads();
+  if (gridDim.x == 1) return true;
   if (threadIdx.x == 0) {
-    __threadfence_system();
+    if constexpr (kReaders == LlReaders::kPeers)
+      __threadfence_system();
+    else
+      __threadfence();
     is_last = atomicAdd(&g.state->num_finished, 1u) == gridDim.x - 1;
-    __threadfence_system();
+    __threadfence();
   }
   __syncthreads();
   return is_last;

@@ -47,25 +47,33 @@ struct LlSendBF16 {
   static __device__ __forceinline__ void store(const LlDispatchArgs& args, const LlPiece& piece,
                                                const LlTarget& to, int number, int64_t, int lane) {
     const int64_t channel = int64_t{number} * kChannels + 8 * lane;
-    if (channel < args.sizes.hidden) *reinterpret_cast<uint4*>(to.row + 2 * channel) = piece.data;
+    if (channel < args.sizes.hidden)
+      store_once(reinterpret_cast<uint4*>(to.row + 2 * channel), piece.data);
   }
 };
 
+/// Two elements as e4m3, the first one lower: float_to_e4m3() of each, below 464.
+__device__ __forceinline__ uint32_t ll_cast_pair(float first, float second) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(second), "f"(first));
+  return pair;
+#else
+  return float_to_e4m3(first) | uint32_t{float_to_e4m3(second)} << 8;
+#endif
+}
+
+/// Four channels, two words of bf16, as e4m3.
+__device__ __forceinline__ uint32_t ll_cast_four(uint32_t low, uint32_t high, float inverse) {
+  const auto scaled = [&](uint32_t bits) { return __fmul_rn(__uint_as_float(bits), inverse); };
+  return ll_cast_pair(scaled(low << 16), scaled(low & 0xffff0000u)) |
+         ll_cast_pair(scaled(high << 16), scaled(high & 0xffff0000u)) << 16;
+}
+
 /// Sixteen channels as e4m3.
 __device__ __forceinline__ uint4 ll_cast(const uint4& low, const uint4& high, float inverse) {
-  uint32_t words[4];
-#pragma unroll
-  for (int word = 0; word < 4; ++word) {
-    words[word] = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int element = word * 4 + i;
-      const uint16_t bits = ll_half_word(element < 8 ? low : high, element % 8);
-      const uint32_t cast = float_to_e4m3(__fmul_rn(bf16_to_float(bits), inverse));
-      words[word] |= cast << (8 * i);
-    }
-  }
-  return {words[0], words[1], words[2], words[3]};
+  return {ll_cast_four(low.x, low.y, inverse), ll_cast_four(low.z, low.w, inverse),
+          ll_cast_four(high.x, high.y, inverse), ll_cast_four(high.z, high.w, inverse)};
 }
 
 /// The pieces of rows that travel as e4m3: 16 channels per lane, 8 lanes to a scale.
@@ -106,18 +114,21 @@ struct LlSendFP8 {
                                                const LlTarget& to, int number, int64_t stride,
                                                int lane) {
     const int64_t channel = int64_t{number} * kChannels + 16 * lane;
-    if (channel < args.sizes.hidden) *reinterpret_cast<uint4*>(to.row + channel) = piece.data;
+    if (channel < args.sizes.hidden)
+      store_once(reinterpret_cast<uint4*>(to.row + channel), piece.data);
     constexpr int kGroups = kLlWarpSize / kLanesOfGroup;
     if constexpr (kFormat == LlFormat::kFP8UE8M0) {
       uint32_t packed = 0;
 #pragma unroll
       for (int i = 0; i < kGroups; ++i)
         packed |= uint32_t{ue8m0(__shfl_sync(kLlLanes, piece.scale, i * kLanesOfGroup))} << (8 * i);
-      if (lane == 0) *reinterpret_cast<uint32_t*>(to.scales + number * stride * 4) = packed;
+      if (lane == 0)
+        store_kept(reinterpret_cast<uint32_t*>(to.scales + number * stride * 4), packed);
     } else {
       const int group = number * kGroups + lane / kLanesOfGroup;
       if (lane % kLanesOfGroup == 0 && group < args.sizes.hidden / kScaleGroup)
-        *reinterpret_cast<float*>(to.scales + group * stride * 4) = piece.scale;
+        store_kept(reinterpret_cast<uint32_t*>(to.scales + group * stride * 4),
+                   __float_as_uint(piece.scale));
     }
   }
 };

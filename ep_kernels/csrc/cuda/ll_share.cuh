@@ -18,10 +18,13 @@ constexpr int kLlSendThreads = 1024;
 constexpr int kLlSendWarps = kLlSendThreads / kLlWarpSize;
 constexpr int kLlMaxSlots = 2048;  ///< choices that a block places at once
 
-/// A choice of a token: first its expert and its row, then where it goes.
+/// A choice of a token: first what is known before the posts come, then where it goes.
 union LlSlot {
   struct {
-    int32_t expert, row;
+    int32_t expert;
+    int32_t row;    ///< among this rank's rows for the expert
+    int32_t rank;   ///< that has the expert; -1 = none
+    int32_t local;  ///< which of its experts
   } choice;
   LlTarget target;
 };
@@ -35,24 +38,22 @@ struct LlShare {
   int32_t* next;         ///< [E] rows of this rank for each expert, so far
   LlSlot* slots;         ///< of the tokens of a wave
   uint64_t number;
-  int64_t begin, end;  ///< pieces
+  int begin, end;  ///< pieces
   int pieces_per_token, tokens_per_wave;
 
   __device__ int num_topk() const { return call.args.sizes.num_topk; }
-  __device__ int64_t first_token() const { return begin / pieces_per_token; }
-  __device__ int64_t end_token() const { return ceil_div(end, int64_t{pieces_per_token}); }
-  __device__ int64_t wave_end(int64_t first) const {
-    return min(first + tokens_per_wave, end_token());
-  }
+  __device__ int first_token() const { return begin / pieces_per_token; }
+  __device__ int end_token() const { return ceil_div(end, pieces_per_token); }
+  __device__ int wave_end(int first) const { return min(first + tokens_per_wave, end_token()); }
   __device__ bool is_expert(int64_t expert) const {
     return expert >= 0 && expert < g.group.num_experts;
   }
 
   /// All threads: counts the choices of the first `num_tokens` tokens.
-  __device__ void count(int64_t num_tokens) const {
+  __device__ void count(int num_tokens) const {
     for (int i = threadIdx.x; i < g.group.num_experts; i += blockDim.x) next[i] = 0;
     __syncthreads();
-    for (int64_t i = threadIdx.x; i < num_tokens * num_topk(); i += blockDim.x) {
+    for (int i = threadIdx.x; i < num_tokens * num_topk(); i += blockDim.x) {
       const int64_t expert = call.args.topk_idx[i];
       if (is_expert(expert)) atomicAdd(next + expert, 1);
     }
@@ -60,15 +61,18 @@ struct LlShare {
   }
 
   /// All threads: places the tokens of a wave by the order of tokens.
-  __device__ void place(int64_t first) const {
-    const int64_t num_choices = (wave_end(first) - first) * num_topk();
-    for (int64_t i = threadIdx.x; i < num_choices; i += blockDim.x) {
+  __device__ void place(int first) const {
+    const int num_choices = (wave_end(first) - first) * num_topk();
+    for (int i = threadIdx.x; i < num_choices; i += blockDim.x) {
       const int64_t expert = call.args.topk_idx[first * num_topk() + i];
-      slots[i].choice.expert = is_expert(expert) ? static_cast<int32_t>(expert) : -1;
+      auto& choice = slots[i].choice;
+      choice.expert = is_expert(expert) ? static_cast<int32_t>(expert) : -1;
+      choice.rank = rank_of_choice(g.group.placement, choice.expert);
+      choice.local = choice.expert < 0 ? 0 : g.group.placement.local_of[choice.expert];
     }
     __syncthreads();
     if (threadIdx.x >= kLlWarpSize) return;
-    for (int64_t token = 0; token < wave_end(first) - first; ++token) {
+    for (int token = 0; token < wave_end(first) - first; ++token) {
       for (int k = threadIdx.x; k < num_topk(); k += kLlWarpSize) {
         auto& choice = slots[token * num_topk() + k].choice;
         if (choice.expert >= 0) choice.row = next[choice.expert]++;
@@ -77,44 +81,72 @@ struct LlShare {
     }
   }
 
+  /// Rows for an expert of the ranks before this one, among `peers`, whose posts have come. -1: a
+  /// count has not.
+  __device__ int32_t rows_before(int expert, LlRanks peers, uint64_t deadline) const {
+    constexpr int kAtOnce = 8;  // loads under way
+    const int rank = g.group.rank;
+    int32_t sum = 0;
+    for (int first = 0; first < rank; first += kAtOnce) {
+      uint64_t counts[kAtOnce];
+      bool are_there = false;
+      while (!are_there) {
+        are_there = true;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i)
+          counts[i] = first + i < rank && ll_has(peers, first + i)
+                          ? load_relaxed(ll_tagged_counts(g, number, rank, first + i) + expert)
+                          : ll_tag(number, 0);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) are_there &= ll_has_tag(counts[i], number);
+        if (!are_there && now_ns() > deadline) return -1;
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) sum += static_cast<int32_t>(counts[i]);
+    }
+    return sum;
+  }
+
   /// All threads: turns the choices of a wave into targets among the rows of `peers`.
-  __device__ void resolve(int64_t first, LlRanks peers) const {
+  __device__ void resolve(int first, LlRanks peers) const {
     const LlSizes& sizes = call.args.sizes;
-    const int rank = g.group.rank, num_ranks = g.group.num_ranks;
+    const uint64_t deadline = now_ns() + g.group.timeout_ns;
     __syncthreads();
-    const int64_t num_choices = (wave_end(first) - first) * num_topk();
-    for (int64_t i = threadIdx.x; i < num_choices; i += blockDim.x) {
-      const int32_t expert = slots[i].choice.expert;
-      const int dst = rank_of_choice(g.group.placement, expert);
+    const int num_choices = (wave_end(first) - first) * num_topk();
+    for (int i = threadIdx.x; i < num_choices; i += blockDim.x) {
+      const auto choice = slots[i].choice;
       int32_t row = -1;
       LlTarget target{};
-      if (dst >= 0 && ll_has(peers, dst)) {
-        row = slots[i].choice.row;
-        for (int src = 0; src < rank; ++src)
-          if (ll_has(peers, src)) row += __ldcg(ll_counts(g, number, rank, src) + expert);
-        const LlHalfLayout half(sizes, num_ranks, g.num_local[dst]);
-        const int32_t local = g.group.placement.local_of[expert];
-        const auto at = static_cast<int>(board.posts[dst].word[kLlWordWindow]);
-        uint8_t* window = ll_window(g, dst, at);
-        target = {window + half.row(local, row), window + ll_scale_offset(half, sizes, local, row)};
+      if (choice.rank >= 0 && ll_has(peers, choice.rank)) {
+        const int32_t before = rows_before(choice.expert, peers, deadline);
+        if (before < 0)
+          g.state->halves[call.half].error = static_cast<int32_t>(LlStatus::kTimeout);
+        else
+          row = choice.row + before;
+      }
+      if (row >= 0) {
+        const LlHalfLayout half(sizes, g.group.num_ranks, g.num_local[choice.rank]);
+        const auto at = static_cast<int>(board.posts[choice.rank].word[kLlWordWindow]);
+        uint8_t* window = ll_window(g, choice.rank, at);
+        target = {window + half.row(choice.local, row),
+                  window + ll_scale_offset(half, sizes, choice.local, row)};
       }
       slots[i].target = target;
       if ((first + i / num_topk()) * pieces_per_token < begin) continue;  // another block's token
-      call.args.experts[first * num_topk() + i] =
-          static_cast<int32_t>(call.args.topk_idx[first * num_topk() + i]);
+      call.args.experts[first * num_topk() + i] = choice.expert;
       call.args.rows[first * num_topk() + i] = row;
     }
     __syncthreads();
   }
-  __device__ LlPiece load(int64_t piece) const {
-    return Format::load(call.args, piece / pieces_per_token,
-                        static_cast<int>(piece % pieces_per_token), threadIdx.x % kLlWarpSize);
+  __device__ LlPiece load(int piece) const {
+    return Format::load(call.args, piece / pieces_per_token, piece % pieces_per_token,
+                        threadIdx.x % kLlWarpSize);
   }
 
   /// One warp: sends a piece to where the choices of its token go.
-  __device__ void send(int64_t piece, const LlPiece& loaded, int64_t first) const {
-    const int64_t token = piece / pieces_per_token;
-    const int number_in_row = static_cast<int>(piece % pieces_per_token);
+  __device__ void send(int piece, const LlPiece& loaded, int first) const {
+    const int token = piece / pieces_per_token;
+    const int number_in_row = piece % pieces_per_token;
     const int64_t stride = call.args.sizes.num_max_tokens_per_rank * g.group.num_ranks;
     const LlSlot* of_token = slots + (token - first) * num_topk();
     for (int k = 0; k < num_topk(); ++k) {
@@ -125,22 +157,20 @@ struct LlShare {
   }
 
   /// The pieces of a wave that are this warp's: from, step, to.
-  __device__ int64_t first_piece(int64_t first) const {
-    return max(begin, first * pieces_per_token) + threadIdx.x / kLlWarpSize;
+  __device__ int first_piece(int first) const {
+    return max(begin, first * pieces_per_token) + static_cast<int>(threadIdx.x) / kLlWarpSize;
   }
-  __device__ int64_t end_piece(int64_t first) const {
-    return min(end, wave_end(first) * pieces_per_token);
-  }
+  __device__ int end_piece(int first) const { return min(end, wave_end(first) * pieces_per_token); }
 
   /// All threads: sends the pieces of a wave, those from `skip` rounds on.
-  __device__ void send_wave(int64_t first, int skip) const {
-    for (int64_t piece = first_piece(first) + skip * kLlSendWarps; piece < end_piece(first);
+  __device__ void send_wave(int first, int skip) const {
+    for (int piece = first_piece(first) + skip * kLlSendWarps; piece < end_piece(first);
          piece += kLlSendWarps)
       send(piece, load(piece), first);
   }
 
   /// All threads: sends the waves from `first` on.
-  __device__ void send_from(int64_t first, LlRanks peers) const {
+  __device__ void send_from(int first, LlRanks peers) const {
     for (; first < end_token(); first = wave_end(first)) {
       __syncthreads();
       place(first);
@@ -150,17 +180,35 @@ struct LlShare {
   }
 };
 
+/// Whether block 0 has no rows to send: it would come too late to both of its tasks.
+__device__ __forceinline__ bool ll_has_leader() {
+  constexpr unsigned kMinBlocks = 8;
+  return gridDim.x >= kMinBlocks;
+}
+
 template <typename Format>
 __device__ LlShare<Format> make_share(const LlGroup& g, const LlDispatchCall& call,
-                                      const LlBoard& board, void* shared) {
+                                      const LlBoard& board, uint64_t number, void* shared) {
   const LlSizes& sizes = call.args.sizes;
   const int per_token = static_cast<int>(ceil_div(sizes.hidden, int64_t{Format::kChannels}));
-  const Range range = split_evenly(sizes.num_tokens * per_token, blockIdx.x, gridDim.x);
+  const int num_leaders = ll_has_leader() ? 1 : 0,
+            part = static_cast<int>(blockIdx.x) - num_leaders;
+  const int64_t num_pieces = sizes.num_tokens * per_token;
+  const Range range =
+      part < 0 ? Range{0, 0} : split_evenly(num_pieces, part, gridDim.x - num_leaders);
   auto* next = static_cast<int32_t*>(shared);
   auto* slots = reinterpret_cast<LlSlot*>(next + align_up(g.group.num_experts, 4));
   const int wave = max(1, kLlMaxSlots / sizes.num_topk);
-  return {g,           call,      board,     next, slots, read_word(&g.state->next_number),
-          range.begin, range.end, per_token, wave};
+  return {g,
+          call,
+          board,
+          next,
+          slots,
+          read_word(&g.state->next_number),
+          static_cast<int>(range.begin),
+          static_cast<int>(range.end),
+          per_token,
+          wave};
 }
 
 }  // namespace ep::cuda

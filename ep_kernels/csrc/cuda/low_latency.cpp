@@ -137,12 +137,12 @@ const LlGroup& LowLatency::group_of(const Call& call) {
   return group_;
 }
 
-LlDispatchCall LowLatency::dispatch_call(const Call& call) const {
-  return {call.dispatch_args, call.record, call.half, held()};
+LlDispatchCall LowLatency::dispatch_call(const Call& call, bool is_whole) const {
+  return {call.dispatch_args, call.record, call.half, held(), is_whole};
 }
 
-LlCombineCall LowLatency::combine_call(const Call& call) const {
-  return {call.combine_args, halves_[call.half].sizes, call.record, call.half, held()};
+LlCombineCall LowLatency::combine_call(const Call& call, bool is_whole) const {
+  return {call.combine_args, halves_[call.half].sizes, call.record, call.half, held(), is_whole};
 }
 
 LowLatency::Started LowLatency::dispatch(const LlDispatchArgs& args, Receive receive,
@@ -160,10 +160,11 @@ LowLatency::Started LowLatency::dispatch(const LlDispatchArgs& args, Receive rec
   call.half = index;
   call.dispatch = call.number;
   call.dispatch_args = args;
-  launch_ll_dispatch_send(group_of(call), dispatch_call(call), stream);
-  halves_[index] = Half{call.number, args.sizes, false, false};
+  const bool is_whole = receive == Receive::kNow;
+  launch_ll_dispatch_send(group_of(call), dispatch_call(call, is_whole), stream);
+  halves_[index] = Half{call.number, args.sizes, is_whole, false};
   next_half_ = 1 - index;
-  finish(call, receive, stream);
+  if (!is_whole) finish(call, receive, stream);
   const int64_t control_bytes = static_cast<int64_t>(group_.layout.num_bytes);
   return {call.number, config_.region + control_bytes + index * group_.half_bytes};
 }
@@ -189,21 +190,26 @@ LowLatency::Started LowLatency::combine(const LlCombineArgs& args, Receive recei
   call.half = index;
   call.dispatch = dispatch;
   call.combine_args = args;
-  launch_ll_combine_send(group_of(call), combine_call(call), stream);
   halves_[index].is_combining = true;
-  finish(call, receive, stream);
+  if (receive == Receive::kNow && args.is_zero_copy) {
+    enqueue_receive(call, true, stream);
+  } else {
+    launch_ll_combine_send(group_of(call), combine_call(call, false), stream);
+    finish(call, receive, stream);
+  }
   return {call.number, 0};
 }
 
-void LowLatency::enqueue_receive(Call& call, cudaStream_t stream) {
+/// The receive half, and before it in the same kernel the send half if `is_whole`.
+void LowLatency::enqueue_receive(Call& call, bool is_whole, cudaStream_t stream) {
   Half& half = halves_[call.half];
   call.stream = stream;
   call.is_pending = false;
   if (call.op == LlOp::kDispatch) {
-    launch_ll_dispatch_receive(group_of(call), dispatch_call(call), stream);
+    launch_ll_dispatch_receive(group_of(call), dispatch_call(call, false), stream);
     half.is_received = true;
   } else {
-    launch_ll_combine_receive(group_of(call), combine_call(call), stream);
+    launch_ll_combine_receive(group_of(call), combine_call(call, is_whole), stream);
     half.dispatch = -1;
     half.is_received = half.is_combining = false;
   }
@@ -218,7 +224,7 @@ void LowLatency::finish(Call& call, Receive receive, cudaStream_t stream) {
     EP_CHECK_CUDA(cudaStreamWaitEvent(where, order_event_, 0));
     last_stream_ = where;
   }
-  enqueue_receive(call, where);
+  enqueue_receive(call, false, where);
 }
 
 void LowLatency::receive(int64_t number, cudaStream_t stream) {
@@ -229,7 +235,7 @@ void LowLatency::receive(int64_t number, cudaStream_t stream) {
   EP_CHECK(call && call->is_pending, "hook of low-latency call ", number,
            ": its receive half is over, or its handle was dropped");
   order(stream);
-  enqueue_receive(*call, stream);
+  enqueue_receive(*call, false, stream);
 }
 
 void LowLatency::launch_plain(const Call& call, const std::string& text, cudaStream_t stream) {
@@ -295,6 +301,13 @@ LlRanks LowLatency::masked(cudaStream_t stream) {
                                 cudaMemcpyDeviceToHost, stream));
   EP_CHECK_CUDA(cudaStreamSynchronize(stream));
   return masked;
+}
+
+void LowLatency::stamps(uint64_t* out, cudaStream_t stream) {
+  DeviceGuard guard(buffer_.device());
+  EP_CHECK_CUDA(cudaMemcpyAsync(out, group_.state->stamps, sizeof(group_.state->stamps),
+                                cudaMemcpyDeviceToHost, stream));
+  EP_CHECK_CUDA(cudaStreamSynchronize(stream));
 }
 
 }  // namespace ep::cuda

@@ -48,6 +48,8 @@ class LowLatency {
   /// Takes a masked rank back, which must do the same; all that are masked if `rank` is negative.
   void unmask(int rank, cudaStream_t stream);
   LlRanks masked(cudaStream_t stream);
+  /// [kNumLlStamped][kNumLlStamps] of the last calls, by number; waits for `stream`.
+  void stamps(uint64_t* out, cudaStream_t stream);
 
   bool is_finished(int64_t number) const;
   /// Waits for a call on the host, then throws its error.
@@ -81,10 +83,10 @@ class LowLatency {
   void check_usable();
   Call& open_call(LlOp op, cudaStream_t stream);
   void order(cudaStream_t stream);
-  void enqueue_receive(Call& call, cudaStream_t stream);
+  void enqueue_receive(Call& call, bool is_whole, cudaStream_t stream);
   void finish(Call& call, Receive receive, cudaStream_t stream);
-  LlDispatchCall dispatch_call(const Call& call) const;
-  LlCombineCall combine_call(const Call& call) const;
+  LlDispatchCall dispatch_call(const Call& call, bool is_whole) const;
+  LlCombineCall combine_call(const Call& call, bool is_whole) const;
   void launch_plain(const Call& call, const std::string& text, cudaStream_t stream);
   template <typename Check>
   void refusing(cudaStream_t stream, Check&& check);

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/sync.cuh"
 #include "cuda/group.h"
 
@@ -56,7 +57,7 @@ __device__ inline void report_timeout(const DeviceGroup& group, CallRecord* reco
 
 /// Waits until `flag`, a word of this rank that `peer` writes, reaches `expected`. Ends early when
 /// the peer has given up or left, or another thread has ended the call.
-__device__ inline bool wait_flag(const DeviceGroup& group, CallRecord* record, const uint64_t* flag,
+__device__ inline bool poll_flag(const DeviceGroup& group, CallRecord* record, const uint64_t* flag,
                                  uint64_t expected, int peer, Phase phase) {
   const uint64_t deadline = now_ns() + group.timeout_ns;
   const PeerLine& line = peer_line(group, group.rank, peer);
@@ -76,6 +77,15 @@ __device__ inline bool wait_flag(const DeviceGroup& group, CallRecord* record, c
                     static_cast<int64_t>(expected), static_cast<int64_t>(seen)});
     return false;
   }
+}
+
+/// The same, and counts the wait if the call is to. The one thread that waits for this peer.
+__device__ inline bool wait_flag(const DeviceGroup& group, CallRecord* record, const uint64_t* flag,
+                                 uint64_t expected, int peer, Phase phase) {
+  const uint64_t start = group.waited_us ? now_ns() : 0;
+  const bool has_come = poll_flag(group, record, flag, expected, peer, phase);
+  if (group.waited_us) group.waited_us[peer] += static_cast<int64_t>((now_ns() - start) / 1000);
+  return has_come;
 }
 
 /// All threads: waits until every peer has finished the call that used this call's slots before.
@@ -126,8 +136,9 @@ __device__ inline void wait_posts(const DeviceGroup& group, CallRecord* record, 
   __syncthreads();
 }
 
-/// All threads of the block that comes last.
-__device__ inline void finish(const DeviceGroup& group, CallRecord* record) {
+/// Tells all ranks that this one is through, and waits until all are. All threads of the block that
+/// comes last.
+__device__ inline void exchange_done(const DeviceGroup& group, CallRecord* record) {
   LocalState& state = *group.state;
   const uint64_t seq = state.num_calls;
   if (threadIdx.x == 0) stamp(record, kStampMoved);
@@ -139,8 +150,12 @@ __device__ inline void finish(const DeviceGroup& group, CallRecord* record) {
                 Phase::kDone);
   }
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  stamp(record, kStampDone);
+  if (threadIdx.x == 0) stamp(record, kStampDone);
+}
+
+/// Reports to the host, and makes the state ready for the next call. One thread, after all others.
+__device__ inline void close_call(const DeviceGroup& group, CallRecord* record) {
+  LocalState& state = *group.state;
   const auto status = static_cast<CallStatus>(state.call_status);
   const bool is_new = status != CallStatus::kRunning && status != CallStatus::kSkipped;
   if (is_new || !group.is_captured)
@@ -150,15 +165,28 @@ __device__ inline void finish(const DeviceGroup& group, CallRecord* record) {
   state.call_status = state.failed ? static_cast<int32_t>(CallStatus::kSkipped) : 0;
   state.blocks_done = 0;
   state.next_item = 0;
-  state.num_calls = seq + 1;
+  ++state.num_calls;
 }
 
-/// All threads of every block of the call's last kernel, at its end. The block that comes here last
-/// tells all ranks that this one is through, waits until all are, and reports to the host: one
-/// block, so that waiting takes no room from kernels of peers on the same device.
+/// All threads of the block that comes last.
+__device__ inline void finish(const DeviceGroup& group, CallRecord* record) {
+  exchange_done(group, record);
+  if (threadIdx.x == 0) close_call(group, record);
+}
+
+/// The same if another kernel of the call follows, which only works on this rank's own memory.
+__device__ inline void hand_over(const DeviceGroup& group, CallRecord* record) {
+  exchange_done(group, record);
+  if (threadIdx.x == 0) group.state->blocks_done = group.state->next_item = 0;
+  let_next_kernel_launch();
+}
+
+/// All threads of every block of a kernel that moves rows, at its end: whether this block comes
+/// here last. One block waits for peers then, so that waiting takes no room from their kernels on
+/// the same device.
 ///
 /// Order: each block's stores, its fence, its arrival; all arrivals, a fence, the flags to peers.
-__device__ inline void finish_if_last(const DeviceGroup& group, CallRecord* record) {
+__device__ inline bool is_last_block(const DeviceGroup& group) {
   __shared__ bool is_last;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -167,7 +195,7 @@ __device__ inline void finish_if_last(const DeviceGroup& group, CallRecord* reco
     __threadfence_system();
   }
   __syncthreads();
-  if (is_last) finish(group, record);
+  return is_last;
 }
 
 /// Reports the refusal of rank `src`. One that a kernel made says what it found in its fields, one

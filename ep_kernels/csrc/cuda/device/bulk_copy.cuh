@@ -27,17 +27,30 @@ __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-/// Starts a copy into shared memory; `barrier` completes a phase when all bytes are there.
-__device__ __forceinline__ void bulk_load(void* dst, const void* src, uint32_t num_bytes,
-                                          uint64_t* barrier) {
-  const uint32_t bar = shared_address(barrier);
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(num_bytes)
-               : "memory");
+/// Announces the bytes of a phase of a barrier, once per phase.
+__device__ __forceinline__ void expect_bytes(uint64_t* barrier, uint32_t num_bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(num_bytes)
+      : "memory");
+}
+
+/// Starts a copy into shared memory of bytes that are announced; `barrier` completes its phase when
+/// all of them are there.
+__device__ __forceinline__ void bulk_load_expected(void* dst, const void* src, uint32_t num_bytes,
+                                                   uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(shared_address(dst)),
-      "l"(src), "r"(num_bytes), "r"(bar)
+      "l"(src), "r"(num_bytes), "r"(shared_address(barrier))
       : "memory");
+}
+
+/// Starts a copy into shared memory that is a phase of `barrier` alone.
+__device__ __forceinline__ void bulk_load(void* dst, const void* src, uint32_t num_bytes,
+                                          uint64_t* barrier) {
+  expect_bytes(barrier, num_bytes);
+  bulk_load_expected(dst, src, num_bytes, barrier);
 }
 
 /// Waits for the phase of `parity` of a barrier. Bounded by the copy, which needs no peer.

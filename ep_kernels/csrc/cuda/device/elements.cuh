@@ -21,6 +21,15 @@ __device__ __forceinline__ uint4 load_once(const uint4* p) {
 
 __device__ __forceinline__ void store_once(uint4* p, const uint4& v) { __stcs(p, v); }
 
+/// Writes a part of a sector that others will fill: it is to stay in L2 until then, or memory is
+/// read and written for every part.
+__device__ __forceinline__ void store_kept(uint32_t* p, uint32_t v) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("st.global.L2::cache_hint.u32 [%0], %1, %2;" ::"l"(p), "r"(v), "l"(policy)
+               : "memory");
+}
+
 struct BF16 {
   using Acc = float;
   static constexpr int kPerVector = 8;
