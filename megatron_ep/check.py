@@ -60,20 +60,6 @@ def _launch_problems(config: Config) -> Iterator[str]:
         yield "launch.ranks_per_node is not given: name the ranks (GPUs) of a node"
     else:
         yield from check_world_size(config, world_size(config))
-        yield from _node_problems(config, config.launch.ranks_per_node)
-
-
-def _node_problems(config: Config, ranks_per_node: int) -> Iterator[str]:
-    sizes, is_on_gpus = config.parallelism, config.training.device != "cpu"
-    expert_tp = sizes.expert_tensor_parallel_size or sizes.tensor_model_parallel_size
-    group_size = expert_tp * sizes.expert_model_parallel_size
-    is_ours = config.moe.moe_token_dispatcher_type == "deepep"
-    if is_ours and is_on_gpus and group_size > ranks_per_node:
-        yield (
-            "moe.moe_token_dispatcher_type = deepep reaches the GPUs of one node in this version: "
-            f"expert tensor * expert parallel size = {group_size} is more than "
-            f"launch.ranks_per_node = {ranks_per_node}; use alltoall, or less of them"
-        )
 
 
 def _file_problems(config: Config) -> Iterator[str]:
