@@ -43,7 +43,8 @@ __device__ inline bool ll_is_plain(const LlGroup& g, LlBoard& board, uint64_t nu
       if (spin % 32 == 31 && ll_read_verdict(g, number) != LlVerdict::kNone) return false;
     return true;
   };
-  const bool have_come = ll_take_posts(g, board, number, peers, wait, [](int, bool, LlLoss) {});
+  const bool have_come =
+      ll_take_posts(g, board, number, peers, wait, [](int, int, bool, LlLoss) {});
   if (!__syncthreads_and(have_come)) return false;
   bool is_same = ll_is_same(g, board, peers);
   for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x)

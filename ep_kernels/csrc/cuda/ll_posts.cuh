@@ -10,7 +10,6 @@ namespace ep::cuda {
 struct LlBoard {
   LlWords posts[kMaxRanks];
   AtomicWord came, masked;
-  int64_t waited[kMaxRanks];  ///< microseconds
   int finding;
 };
 
@@ -126,8 +125,8 @@ __device__ inline void ll_read_posts(const LlGroup& g, LlBoard& board, uint64_t 
 }
 
 /// All threads, one for each word of each post of `from`: takes the word when it comes, for which
-/// wait(peer, &loss, is_there) waits. ended(peer, has_come, loss) is told of each. Whether all have
-/// come that this thread has waited for.
+/// wait(peer, &loss, is_there) waits. ended(peer, word, has_come, loss) is told of each. Whether
+/// all have come that this thread has waited for.
 template <typename Wait, typename Ended>
 __device__ bool ll_take_posts(const LlGroup& g, LlBoard& board, uint64_t number, LlRanks from,
                               Wait&& wait, Ended&& ended) {
@@ -142,7 +141,7 @@ __device__ bool ll_take_posts(const LlGroup& g, LlBoard& board, uint64_t number,
       board.posts[src].word[word] = high << 32 | static_cast<uint32_t>(low);
       return ll_has_tag(low, number) && ll_has_tag(high, number);
     });
-    ended(src, has_come, loss);
+    ended(src, word, has_come, loss);
     have_come &= has_come;
   }
   return have_come;
@@ -157,17 +156,14 @@ __device__ LlRanks ll_wait_posts(const LlGroup& g, LlBoard& board, uint64_t numb
   __syncthreads();
   const uint64_t start = now_ns();
   const auto wait = [&](int peer, LlLoss* loss, auto&& is_there) {
-    const bool has_come = ll_wait(g, peer, start + g.group.timeout_ns, loss, is_there);
-    if (waited_us) board.waited[peer] = static_cast<int64_t>((now_ns() - start) / 1000);
-    return has_come;
+    return ll_wait(g, peer, start + g.group.timeout_ns, loss, is_there);
   };
-  ll_take_posts(g, board, number, from, wait, [&](int peer, bool has_come, LlLoss loss) {
+  ll_take_posts(g, board, number, from, wait, [&](int peer, int word, bool has_come, LlLoss loss) {
     if (!has_come && ll_has(atomicAnd(&board.came, ~AtomicWord{ll_bit(peer)}), peer))
       lost(peer, loss);
+    if (waited_us && word == 0) waited_us[peer] += static_cast<int64_t>((now_ns() - start) / 1000);
   });
   __syncthreads();
-  for (int peer = threadIdx.x; waited_us && peer < g.group.num_ranks; peer += blockDim.x)
-    if (ll_has(from, peer)) waited_us[peer] += board.waited[peer];
   return board.came;
 }
 
