@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from ep_kernels.bench.baseline import Workspace, _by_expert
+from ep_kernels.bench.launcher import spawn_ranks
 from ep_kernels.bench.report import format_table, make_lines
 from ep_kernels.bench.workload import Workload, bytes_to_move
 
@@ -53,6 +55,17 @@ def test_a_run_that_takes_too_long_is_ended():
     done = run_bench("--ranks", "2", "--contenders", "gloo", "--timeout", "0.001")
     assert done.returncode == 1
     assert "--timeout" in done.stderr
+
+
+def wait_as_told(rank, seconds, store):
+    time.sleep(seconds[rank])
+
+
+@pytest.mark.parametrize(("seconds", "are_over"), [((0, 0), True), ((0, 60), False)])
+def test_spawned_ranks_end_in_time_or_are_killed(seconds, are_over):
+    begin = time.monotonic()
+    assert spawn_ranks(wait_as_told, seconds, 2, deadline_s=20 if are_over else 1) is are_over
+    assert time.monotonic() - begin < 40
 
 
 def test_impossible_sizes_are_refused_by_name():

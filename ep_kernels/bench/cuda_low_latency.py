@@ -16,10 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
@@ -28,9 +25,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from ep_kernels.bench.cuda_ll_timer import Measurement, Setting, Timer, slowest
+from ep_kernels.bench.launcher import spawn_ranks
 
 CALLS_PER_ROW = 20
 
@@ -177,18 +174,10 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("cuda_low_latency: torch sees no CUDA device", file=sys.stderr)
         return 1
-    end = time.monotonic() + options.deadline
-    with tempfile.TemporaryDirectory() as folder:
-        store = os.path.join(folder, "store")
-        context = mp.spawn(run_rank, (options, store), nprocs=options.ranks, join=False)
-        assert context is not None
-        while not context.join(timeout=1.0):
-            if time.monotonic() > end:
-                for process in context.processes:
-                    process.kill()
-                print(f"cuda_low_latency: not over after {options.deadline} s", file=sys.stderr)
-                return 1
-    return 0
+    if spawn_ranks(run_rank, options, options.ranks, deadline_s=options.deadline):
+        return 0
+    print(f"cuda_low_latency: not over after {options.deadline} s", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

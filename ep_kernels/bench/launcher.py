@@ -10,9 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import torch.multiprocessing as mp
 
 from ep_kernels.bench.worker import Job
 
@@ -47,6 +50,29 @@ def run_ranks(job: Job, *, timeout_s: float) -> dict[str, Any]:
     run_commands(_commands(job), environment=environment, timeout_s=timeout_s)
     results: dict[str, Any] = json.loads(job.results_file.read_text())
     return results
+
+
+def spawn_ranks(
+    run_rank: Callable[[int, Any, str], None], options: Any, num_ranks: int, *, deadline_s: float
+) -> bool:
+    """Runs `run_rank(rank, options, store)` in a process for each rank; `store` is the path of a
+    file for init_process_group("gloo", init_method=f"file://{store}"). Whether all were over
+    before the deadline, after which those that were not are killed.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: a rank has raised.
+    """
+    end = time.monotonic() + deadline_s
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (options, os.path.join(folder, "store"))
+        context = mp.spawn(run_rank, arguments, nprocs=num_ranks, join=False)
+        assert context is not None
+        while not context.join(timeout=1.0):
+            if time.monotonic() > end:
+                for process in context.processes:
+                    process.kill()
+                return False
+    return True
 
 
 def run_commands(

@@ -17,8 +17,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -26,8 +24,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from ep_kernels.bench.launcher import spawn_ranks
 from ep_kernels.bootstrap import make_bootstrap
 from ep_kernels.nvshmem import NvshmemLane, NvshmemOptions, leave
 from ep_kernels.topology import Topology
@@ -152,18 +150,10 @@ def main(argv: list[str] | None = None) -> int:
         print("bench.nvshmem: torch sees no CUDA device", file=sys.stderr)
         return 1
     os.environ.setdefault("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", str(100 // options.ranks))
-    end = time.monotonic() + options.deadline
-    with tempfile.TemporaryDirectory() as folder:
-        store = os.path.join(folder, "store")
-        context = mp.spawn(run_rank, (options, store), nprocs=options.ranks, join=False)
-        assert context is not None
-        while not context.join(timeout=1.0):
-            if time.monotonic() > end:
-                for process in context.processes:
-                    process.kill()
-                print(f"bench.nvshmem: not over after {options.deadline} s", file=sys.stderr)
-                return 1
-    return 0
+    if spawn_ranks(run_rank, options, options.ranks, deadline_s=options.deadline):
+        return 0
+    print(f"bench.nvshmem: not over after {options.deadline} s", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
