@@ -81,7 +81,7 @@ __device__ inline LlSettled ll_follow(const LlGroup& g, LlBoard& board, uint64_t
 /// One thread of block 0: stops the other blocks. Whether one of them has gone ahead.
 __device__ inline bool ll_freeze(const LlGroup& g, uint64_t number) {
   store_flag(&g.state->verdict, ll_verdict(number, LlVerdict::kFrozen));
-  const uint64_t deadline = now_ns() + g.group.timeout_ns;
+  const uint64_t deadline = now_ns() + 2 * g.group.timeout_ns;  // one may wait for counts as long
   uint32_t num_finished = 0;
   while (now_ns() < deadline) {
     num_finished = load_word(&g.state->num_finished);
@@ -102,11 +102,13 @@ __device__ inline LlRanks ll_wait_views(const LlGroup& g, LlBoard& board,
     LlLoss loss;
     const bool has_come = ll_wait(g, peer, deadline, &loss, [&] {
       const bool is_final = ll_has_done(g, call.half, number, peer);
-      uint64_t theirs = 0, op = 0;
-      const bool is_there = ll_read_post_word(g, number, peer, kLlWordMasked, &theirs) &&
-                            ll_read_post_word(g, number, peer, kLlFieldOp, &op);
-      return is_there && (theirs == view || (theirs & ~view) != 0 || is_final ||
-                          op != static_cast<uint64_t>(LlOp::kDispatch));
+      LlWords post;
+      bool is_there = true;  // every word, as they come in no order
+      for (int word = 0; word < kNumLlWords; ++word)
+        is_there &= ll_read_post_word(g, number, peer, word, &post.word[word]);
+      const LlRanks theirs = post.word[kLlWordMasked];
+      const bool is_dispatch = post.word[kLlFieldOp] == static_cast<uint64_t>(LlOp::kDispatch);
+      return is_there && (theirs == view || (theirs & ~view) != 0 || is_final || !is_dispatch);
     });
     if (has_come)
       atomicOr(&board.came, ll_bit(peer));

@@ -187,7 +187,7 @@ __device__ LlRanks learn(const LlGroup& g, const LlBoard& board, LlRanks came) {
 __device__ void lose_late(const LlGroup& g, uint64_t number, LlRanks late) {
   const uint64_t expected = ll_post_flag(number, 0);
   for (int peer = 0; peer < g.group.num_ranks; ++peer) {
-    if (!ll_has(late, peer)) continue;
+    if (!ll_has(late, peer) || peer == g.group.rank) continue;
     LlLoss loss = LlLoss::kLate;
     ll_is_lost(g, peer, &loss);
     ll_lose(g, ll_timeout(g, Phase::kPost, peer, expected, 0), loss);
@@ -298,6 +298,9 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     ll_check_idx(g, call, 0, 1);
     __syncthreads();
     ll_post_rows(g, call, start, board, words);
+    // Whom it has left out meanwhile, other blocks may sum.
+    if (threadIdx.x == 0)
+      atomicOr(atomic_word(&g.state->late), read_word(&g.state->masked) & ~start.masked);
     sums.fill(sums.first_token());
   }
   LlRanks came = 0, sources = 0;

@@ -82,6 +82,7 @@ __device__ void post_counts(const LlShare<Format>& share, const LlStart& start, 
   const LlRanks to = ll_peers(share.g, start.masked);
   ll_send_post(share.g, share.number, words, to, threadIdx.x, blockDim.x);
   ll_send_counts(share.g, share.number, share.next, to);
+  __syncthreads();  // the counters are used again
 }
 
 /// Threads of `num_parts` blocks: keeps who sent how much to each expert of this rank. The posts of
@@ -101,8 +102,7 @@ __device__ void keep_counts(const LlGroup& g, int half, uint64_t number, LlRanks
       do count = load_relaxed(word);
       while (!ll_has_tag(count, number) && now_ns() < deadline);
     }
-    if (!ll_has_tag(count, number))
-      g.state->halves[half].error = static_cast<int32_t>(LlStatus::kTimeout);
+    if (!ll_has_tag(count, number)) ll_lose_count(g, number, src);
     kept[g.group.placement.local_of[expert] * num_ranks + src] = static_cast<int32_t>(count);
   }
 }
@@ -135,13 +135,11 @@ __device__ LlDoneLine& done_line_at(const LlShare<Format>& share, int peer) {
   return ll_done_line(share.g, half, peer, share.g.group.rank);
 }
 
-/// All threads of one block: writes the view to the lines of done, long before their flags.
+/// All threads of one block: writes a view to the lines of done of `told`, ahead of their flags.
 template <typename Format>
-__device__ void tell_view(const LlShare<Format>& share, const LlSettled& settled) {
-  const bool is_given_up = settled.verdict == LlVerdict::kGivenUp;
+__device__ void tell_view(const LlShare<Format>& share, LlRanks told, LlRanks view) {
   for (int peer = threadIdx.x; peer < share.g.group.num_ranks; peer += blockDim.x)
-    if (ll_has(ll_peers(share.g, settled.view), peer))
-      done_line_at(share, peer).view.words[0] = is_given_up ? kLlGivenUp : settled.view;
+    if (ll_has(told, peer)) done_line_at(share, peer).view.words[0] = view;
 }
 
 /// All threads of the last block: tells all ranks, and keeps what the receive half has to know.
@@ -150,9 +148,10 @@ __device__ void close(const LlShare<Format>& share, const LlSettled& settled) {
   const LlGroup& g = share.g;
   if (threadIdx.x == 0) ll_stamp(g, share.number, kLlStampWritten);
   LlHalfState& half = g.state->halves[share.call.half];
-  const bool is_given_up = settled.verdict == LlVerdict::kGivenUp;
   const LlRanks told = settled.verdict == LlVerdict::kEnd ? 0 : ll_peers(g, settled.view);
-  if (is_given_up) tell_view(share, settled);
+  const bool is_given_up = settled.verdict == LlVerdict::kGivenUp ||
+                           (told != 0 && read_word(&g.state->lacks_counts) != 0);
+  if (is_given_up) tell_view(share, told, kLlGivenUp);
   for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x) {
     if (!ll_has(told, peer)) continue;
     half.peer_half[peer] = static_cast<uint8_t>(share.board.posts[peer].word[kLlWordWindow]);
@@ -201,7 +200,7 @@ __global__ void __launch_bounds__(kLlSendThreads, 1)
     if (is_first) ll_stamp(g, share.number, kLlStampAgreed);
     if (settled.verdict == LlVerdict::kGo) {
       const LlRanks peers = ll_peers(g, settled.view);
-      if (blockIdx.x == 0) tell_view(share, settled);
+      if (blockIdx.x == 0) tell_view(share, peers, settled.view);
       if (first < share.end_token()) {
         share.resolve(first, peers);
         if (is_first) ll_stamp(g, share.number, kLlStampResolved);

@@ -100,10 +100,11 @@ constexpr int kNumLlStamped = 64;  ///< calls
 struct LlState {
   uint64_t next_number;
   LlRanks masked;
-  uint64_t verdict;  ///< of block 0 for the other blocks of a send kernel: ll_verdict()
-  LlRanks view;      ///< goes with the verdict
-  uint64_t late;     ///< ranks that a block of a receive kernel has not seen
-  uint64_t bad;      ///< first choice of a combine that differs from its dispatch
+  uint64_t verdict;       ///< of block 0 for the other blocks of a send kernel: ll_verdict()
+  LlRanks view;           ///< goes with the verdict
+  uint64_t late;          ///< ranks that a block of a receive kernel has not seen
+  uint64_t bad;           ///< first choice of a combine that differs from its dispatch
+  uint32_t lacks_counts;  ///< a block of a dispatch has not got all counts of a post
   uint32_t num_frozen, num_finished;  ///< blocks of the kernel under way
   uint32_t failed;                    ///< a wait ran out without masking: nothing moves any more
   TimeoutRecord lost;                 ///< why

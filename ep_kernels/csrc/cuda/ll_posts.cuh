@@ -167,6 +167,13 @@ __device__ LlRanks ll_wait_posts(const LlGroup& g, LlBoard& board, uint64_t numb
   return board.came;
 }
 
+/// One thread: a count that goes with a post of `peer` has not come in time, although the post has.
+/// What this rank knows of the rows is not enough then: it gives the dispatch up.
+__device__ inline void ll_lose_count(const LlGroup& g, uint64_t number, int peer) {
+  ll_lose(g, ll_timeout(g, Phase::kPost, peer, ll_post_flag(number, 0), 0), LlLoss::kLate);
+  atomicExch(&g.state->lacks_counts, 1u);
+}
+
 /// One thread: what the post of a peer says was wrong with it. It has come.
 __device__ inline void ll_read_text(const LlGroup& g, uint64_t number, int peer, char* text) {
   const uint64_t deadline = now_ns() + g.group.timeout_ns;

@@ -191,6 +191,7 @@ __device__ inline void ll_reset_blocks(const LlGroup& g) {
   g.state->num_frozen = 0;
   g.state->verdict = 0;
   g.state->late = 0;
+  g.state->lacks_counts = 0;
   g.state->bad = ~uint64_t{0};
 }
 

@@ -81,8 +81,8 @@ struct LlShare {
     }
   }
 
-  /// Rows for an expert of the ranks before this one, among `peers`, whose posts have come. -1: a
-  /// count has not.
+  /// Rows for an expert of the ranks before this one, among `peers`, whose posts have come. -1: the
+  /// count of one of them has not.
   __device__ int32_t rows_before(int expert, LlRanks peers, uint64_t deadline) const {
     constexpr int kAtOnce = 8;  // loads under way
     const int rank = g.group.rank;
@@ -99,7 +99,10 @@ struct LlShare {
                           : ll_tag(number, 0);
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) are_there &= ll_has_tag(counts[i], number);
-        if (!are_there && now_ns() > deadline) return -1;
+        if (are_there || now_ns() <= deadline) continue;
+        for (int i = 0; i < kAtOnce; ++i)
+          if (!ll_has_tag(counts[i], number)) ll_lose_count(g, number, first + i);
+        return -1;
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) sum += static_cast<int32_t>(counts[i]);
@@ -119,10 +122,7 @@ struct LlShare {
       LlTarget target{};
       if (choice.rank >= 0 && ll_has(peers, choice.rank)) {
         const int32_t before = rows_before(choice.expert, peers, deadline);
-        if (before < 0)
-          g.state->halves[call.half].error = static_cast<int32_t>(LlStatus::kTimeout);
-        else
-          row = choice.row + before;
+        if (before >= 0) row = choice.row + before;
       }
       if (row >= 0) {
         const LlHalfLayout half(sizes, g.group.num_ranks, g.num_local[choice.rank]);
