@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ep_kernels.transport import Transport
 
 CONTROL_POOL_BYTES = 4096
+MAX_NODES = 64
 
 
 class CudaNodesBackend(HierarchicalBackend):
@@ -45,6 +46,8 @@ class CudaNodesBackend(HierarchicalBackend):
             device = CudaDevice(bootstrap, settings, topology)
         except EPError as error:
             problem = error.with_traceback(None)
+        except RuntimeError as error:  # torch has no memory
+            problem = EPDeviceError(str(error))
         for rank, found in enumerate(bootstrap.all_gather(problem)):
             if found is not None:
                 if device is not None:
@@ -98,11 +101,13 @@ class CudaDevice:
             self.rows = CudaStream(self._torch_device)
             self._library = cuda_lane_library()
             self._create(settings, topology)
-        except EPError:
+        except BaseException:
             self.memory.destroy()
             raise
 
     def _create(self, settings: Settings, topology: Topology) -> None:
+        if topology.num_nodes > MAX_NODES:
+            raise EPConfigError(f"group: {topology.num_nodes} nodes, the limit is {MAX_NODES}")
         experts = (ctypes.c_int32 * settings.num_experts)(*settings.expert_to_rank)
         config = CudaLaneConfig(
             expert_rank=ctypes.addressof(experts),

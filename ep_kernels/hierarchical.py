@@ -95,7 +95,7 @@ class HierarchicalBackend(NodeCalls):
         try:
             received = reserve_rows(self.reserve, formats(), host.num_rows)
             point_to(args, received)
-        except EPDeviceError as problem:  # every rank has to learn of it
+        except RuntimeError as problem:  # every rank has to learn of it
             error = str(problem)
 
         def send() -> None:
@@ -175,7 +175,11 @@ class HierarchicalBackend(NodeCalls):
             raise
 
     def _plan_on_host(self, caller: Caller, args: DispatchArgs, memory: RoutingMemory) -> _Plan:
-        on_host, host_memory = self._rows.on_host(caller, args, memory)
+        try:
+            on_host, host_memory = self._rows.on_host(caller, args, memory)
+        except RuntimeError as error:  # no memory for them
+            self.refuse(str(error))
+            raise EPDeviceError(str(error)) from None
         return _Plan(on_host, host_memory, self._dispatch_post(on_host))
 
     def _dispatch_post(self, args: DispatchArgs) -> torch.Tensor:

@@ -14,11 +14,10 @@ from ep_kernels.bootstrap import MpiBootstrap
 from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
 from ep_kernels.group_transport import GroupTransport, Tensors
 from ep_kernels.lanes import Lane
-from ep_kernels.streams import device_errors, wait_until
+from ep_kernels.streams import CudaStream, device_errors, wait_until
 
 if TYPE_CHECKING:
     from ep_kernels.bootstrap import Bootstrap
-    from ep_kernels.streams import CudaStream
 
 
 class NcclGroup:
@@ -36,6 +35,7 @@ class NcclGroup:
         from torch.distributed.distributed_c10d import _get_default_store
 
         topology, self._rows = lane.topology, rows
+        self._behind = CudaStream(rows.raw.device)  # has a moment when a group is over
         self._is_aborted = False
         store = dist.PrefixStore(f"{name}/nccl/{topology.local_rank}", _get_default_store())
         options = dist.ProcessGroupNCCL.Options()
@@ -48,27 +48,38 @@ class NcclGroup:
         torch.cuda.synchronize(rows.raw.device)
         sends = {node: words[2 * node : 2 * node + 1] for node in topology.other_nodes}
         recvs = {node: words[2 * node + 1 : 2 * node + 2] for node in topology.other_nodes}
-        work = self.exchange(sends, recvs)
-        if not wait_until(lambda: self.is_over(work), lane.deadline_s):
+        try:
+            work = self.exchange(sends, recvs)
+            if not wait_until(lambda: self.is_over(work), lane.deadline_s):
+                raise EPDeviceError(f"NCCL: no connection within {lane.deadline_s:g} s")
+        except BaseException:
             self.abort()
-            raise EPDeviceError(f"NCCL: no connection within {lane.deadline_s:g} s")
+            raise
 
     def exchange(self, sends: Tensors, recvs: Tensors) -> Any:
         with device_errors(), torch.cuda.stream(self._rows.raw):
             self._group._start_coalescing()
-            for node, tensor in sends.items():
-                self._group.send([tensor], node, 0)
-            for node, tensor in recvs.items():
-                self._group.recv([tensor], node, 0)
-            return self._group._end_coalescing()
+            try:
+                for node, tensor in sends.items():
+                    self._group.send([tensor], node, 0)
+                for node, tensor in recvs.items():
+                    self._group.recv([tensor], node, 0)
+            except BaseException:  # else all that NCCL is asked for on this thread stays open
+                with contextlib.suppress(RuntimeError):
+                    self._group._end_coalescing()
+                raise
+            work = self._group._end_coalescing()
+        # NOTE: work.is_completed() is true for a group that has failed, too, whose kernel goes on.
+        with device_errors(), torch.cuda.stream(self._behind.raw):
+            work.wait()
+        return self._behind.record()
 
     def is_over(self, work: Any) -> bool:
         with device_errors():
-            return bool(work.is_completed())
+            return bool(work.event.query())
 
     def make_rows_wait(self, work: Any) -> None:
-        with device_errors(), torch.cuda.stream(self._rows.raw):
-            work.wait()
+        self._rows.wait(work)
 
     def abort(self) -> None:
         if not self._is_aborted:

@@ -61,7 +61,7 @@ class NodeCalls:
         try:
             self._control = NodeControl(core, bootstrap, topology, settings.timeout_s)
             self._transport = rows.make_transport(self._control.lane, bootstrap)
-        except EPError:
+        except BaseException:
             self.destroy()
             raise
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ep_kernels.errors import EPError
+from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
 from ep_kernels.group_transport import GroupTransport, PeerGroup, Tensors
 from ep_kernels.nvshmem import NvshmemLane, NvshmemOptions
 from ep_kernels.streams import device_errors
@@ -82,11 +82,15 @@ class NvshmemGroup(PeerGroup):
         return self._last
 
     def is_over(self, work: Any) -> bool:
-        """Raises EPTimeoutError, naming the rank to blame, if the exchange was given up."""
+        """Raises EPTimeoutError, naming the rank to blame, if the exchange was given up;
+        EPDeviceError if a peer has sent something else, which no rank refuses."""
         with device_errors():
             is_over = bool(work.event.query())
         if is_over:
-            self._rings.check()
+            try:
+                self._rings.check()
+            except EPConfigError as error:
+                raise EPDeviceError(str(error)) from None
         return is_over
 
     def make_rows_wait(self, work: Any) -> None:

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from unittest import mock
 
 import cases
 import pytest
@@ -459,6 +460,23 @@ def test_a_rank_that_fails_by_itself_is_named_at_once_everywhere(
     launch, over_nodes, operation, step, error
 ):
     launch(on_rank_fails_by_itself, over_nodes, operation, step, error, num_ranks=4)
+
+
+def on_rank_has_no_memory_for_choices(rank, backend):
+    group = Group(rank, backend, timeout_s=LONG_S)
+    if rank == 2:
+        rows = type(group.buffer._backend._rows)
+        with mock.patch.object(rows, "on_host", side_effect=RuntimeError("out of memory")):
+            with pytest.raises(ep_kernels.EPDeviceError, match="out of memory"):
+                group.call("dispatch")
+    else:
+        with pytest.raises(ep_kernels.EPConfigError, match="rank 2.*out of memory"):
+            group.call("dispatch")
+    group.call("dispatch")
+
+
+def test_a_rank_without_memory_for_its_choices_refuses_the_call(launch, over_nodes):
+    launch(on_rank_has_no_memory_for_choices, over_nodes, num_ranks=4)
 
 
 def on_rank_killed_meanwhile(rank, backend, delay_s):
