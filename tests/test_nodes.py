@@ -466,9 +466,9 @@ def on_rank_has_no_memory_for_choices(rank, backend):
     group = Group(rank, backend, timeout_s=LONG_S)
     if rank == 2:
         rows = type(group.buffer._backend._rows)
-        with mock.patch.object(rows, "on_host", side_effect=RuntimeError("out of memory")):
-            with pytest.raises(ep_kernels.EPDeviceError, match="out of memory"):
-                group.call("dispatch")
+        failing = mock.patch.object(rows, "on_host", side_effect=RuntimeError("out of memory"))
+        with failing, pytest.raises(ep_kernels.EPDeviceError, match="out of memory"):
+            group.call("dispatch")
     else:
         with pytest.raises(ep_kernels.EPConfigError, match="rank 2.*out of memory"):
             group.call("dispatch")
