@@ -1,5 +1,6 @@
 """A little of everything on a GPU, for a sanitizer to watch: layouts, dtypes, capacity, padding,
-biases and weights, fresh and cached calls. It starts its ranks itself, as new processes.
+biases and weights, fresh and cached calls; low-latency calls in every format. It starts its ranks
+itself, as new processes.
 
 Usage: cuda_small.py NUM_RANKS
 """
@@ -37,10 +38,43 @@ def small_cases(num_ranks):
     yield replace(base, hidden=7168, num_tokens=(3, 2))
 
 
+def small_low_latency_cases(num_ranks):
+    from ll_cases import FP8_OPTIONS, Case
+
+    # More experts than half a block has threads, and enough pieces for a block that only leads.
+    base = Case(
+        num_ranks=num_ranks,
+        num_tokens=(24, 9),
+        most=32,
+        num_topk=4,
+        num_experts=600,
+        hidden=1024,
+        num_sms=10,
+    )
+    for format in FP8_OPTIONS:
+        yield replace(base, format=format)
+    yield replace(base, wire="fp8", num_sms=3)
+    yield replace(base, num_tokens=(1, 0), hidden=136, num_experts=6)
+
+
+def make_low_latency_calls(rank, cases):
+    import ll_cases
+
+    for case in cases:
+        world = ll_cases.World(case, rank)
+        with ll_cases.make_ll_buffer(case, timeout_s=TIMEOUT_S) as buffer:
+            for zero_copy in (False, True) if case.wire == "bf16" else (False,):
+                ll_cases.check_round(buffer, world, zero_copy=zero_copy)
+            rows = ll_cases.dispatch(buffer, world, return_recv_hook=True)
+            rows.hook()
+            ll_cases.check_dispatch(rows, world)
+
+
 def run_rank(rank, num_ranks, store):
     sys.path[:0] = [str(TESTS), str(TESTS.parent)]
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     import cases
+    import ll_cases
     import torch.distributed as dist
 
     dist.init_process_group(
@@ -59,6 +93,7 @@ def run_rank(rank, num_ranks, store):
             buffer.get_dispatch_layout(world.topk_idxs[rank])
             cases.check_round_trip(buffer, world)
         buffer.barrier()
+    ll_cases.run_on(rank, "cuda", make_low_latency_calls, list(small_low_latency_cases(num_ranks)))
     dist.destroy_process_group()
 
 

@@ -204,7 +204,7 @@ __device__ LlShare<Format> make_share(const LlGroup& g, const LlDispatchCall& ca
           board,
           next,
           slots,
-          read_word(&g.state->next_number),
+          number,
           static_cast<int>(range.begin),
           static_cast<int>(range.end),
           per_token,
