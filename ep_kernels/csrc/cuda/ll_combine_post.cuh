@@ -15,9 +15,10 @@ __device__ inline void ll_check_idx(const LlGroup& g, const LlCombineCall& call,
       atomicMin(atomic_word(&g.state->bad), static_cast<AtomicWord>(i));
 }
 
-/// All threads of one block, after ll_check_idx(): announces that the rows can be read.
-__device__ inline void ll_post_rows(const LlGroup& g, const LlCombineCall& call,
-                                    const LlStart& start, LlBoard& board, LlWords& words) {
+/// All threads of one block, after ll_check_idx(): announces that the rows can be read. Returns
+/// whom this rank leaves out now.
+__device__ inline LlRanks ll_post_rows(const LlGroup& g, const LlCombineCall& call,
+                                       const LlStart& start, LlBoard& board, LlWords& words) {
   const int32_t error = g.state->halves[call.half].error;
   const AtomicWord bad = read_word(&g.state->bad);
   if (threadIdx.x == 0) ll_stamp(g, start.number, kLlStampWritten);
@@ -42,6 +43,7 @@ __device__ inline void ll_post_rows(const LlGroup& g, const LlCombineCall& call,
     ll_send_post(g, start.number, words, ll_peers(g, view), threadIdx.x, 32);
   }
   if (threadIdx.x == 0) ll_stamp(g, start.number, kLlStampSaid);
+  return view;
 }
 
 }  // namespace ep::cuda

@@ -297,10 +297,9 @@ __global__ void __launch_bounds__(kNumThreads, 1)
   if (call.is_whole && is_usable && blockIdx.x == 0) {
     ll_check_idx(g, call, 0, 1);
     __syncthreads();
-    ll_post_rows(g, call, start, board, words);
-    // Whom it has left out meanwhile, other blocks may sum.
-    if (threadIdx.x == 0)
-      atomicOr(atomic_word(&g.state->late), read_word(&g.state->masked) & ~start.masked);
+    const LlRanks left = ll_post_rows(g, call, start, board, words) & ~start.masked;
+    if (left != 0 && threadIdx.x == 0)  // since other blocks began: they may sum their rows
+      atomicOr(atomic_word(&g.state->late), left);
     sums.fill(sums.first_token());
   }
   LlRanks came = 0, sources = 0;
