@@ -14,7 +14,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ep_kernels.bench import cli, cuda_baseline, cuda_cli, cuda_copies, cuda_worker, plot
+from ep_kernels._native_ll import LL_STAMPS
+from ep_kernels.bench import (
+    cli,
+    cuda_baseline,
+    cuda_cli,
+    cuda_copies,
+    cuda_ll_stamps,
+    cuda_worker,
+    plot,
+)
 from ep_kernels.bench.cuda_floors import Rates, _count_rows, floor_of
 from ep_kernels.bench.cuda_ll_timer import Measurement, Setting
 from ep_kernels.bench.cuda_ops import Op, fp8_row_bytes
@@ -176,6 +185,25 @@ def make_op(**changes):
     fields = dict(op="dispatch", layout="rank_major", rows="bf16", routing="cached", num_sms=8)
     fields |= dict(by="ep_kernels", clock="events", row_bytes=4, call=lambda: None)
     return Op(**fields | changes)
+
+
+def test_stamps_are_told_from_the_first_rank_and_from_each_ranks_own_begin():
+    """Two ranks, the second 3 us behind; three calls of 10 us, kept in slots that begin anew."""
+    stamps = torch.zeros((2, 5, len(LL_STAMPS)), dtype=torch.int64)
+    for call in range(3):
+        for rank in range(2):
+            begin = 1000 * (1000 + 20 * call + 3 * rank)
+            slot = stamps[rank, (call + 4) % 5]
+            slot[LL_STAMPS.index("begin")] = begin
+            slot[LL_STAMPS.index("posted")] = begin + 4000
+            slot[-1] = begin + 10_000
+    lines = list(cuda_ll_stamps.describe(cuda_ll_stamps.last_calls(stamps, 3)))
+    assert [line.split() for line in lines[:-1]] == [
+        ["begin", "0.0", "0.0", "3.0", "own", "0.0"],
+        ["posted", "4.0", "4.0", "7.0", "own", "4.0"],
+        ["end", "10.0", "10.0", "13.0", "own", "10.0"],
+    ]
+    assert lines[-1].endswith("begin: 10.0")
 
 
 def test_a_report_does_not_keep_what_an_operation_holds():

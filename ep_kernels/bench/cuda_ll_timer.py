@@ -112,6 +112,12 @@ class Timer:
             result = function()
         return graph, result
 
+    def stamps(self) -> torch.Tensor:
+        """See CudaLowLatency.stamps()."""
+        low_latency: Any = self.buffer._low_latency
+        stamps: torch.Tensor = low_latency._region.stamps()
+        return stamps
+
     def warm_up(self) -> None:
         with torch.cuda.stream(self.stream):
             for options in ({}, {"use_fp8": True}):
