@@ -113,7 +113,7 @@ __device__ inline LlRanks ll_wait_views(const LlGroup& g, LlBoard& board,
     if (has_come)
       atomicOr(&board.came, ll_bit(peer));
     else
-      ll_lose(g, ll_timeout(g, Phase::kPost, peer, ll_post_flag(number, 0), 0), loss);
+      ll_lose_post(g, number, peer, loss);
   }
   __syncthreads();
   return board.came;

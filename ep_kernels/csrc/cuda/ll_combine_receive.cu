@@ -185,12 +185,11 @@ __device__ LlRanks learn(const LlGroup& g, const LlBoard& board, LlRanks came) {
 
 /// One thread of the last block: masks, or fails for, those that some block has not seen.
 __device__ void lose_late(const LlGroup& g, uint64_t number, LlRanks late) {
-  const uint64_t expected = ll_post_flag(number, 0);
   for (int peer = 0; peer < g.group.num_ranks; ++peer) {
     if (!ll_has(late, peer) || peer == g.group.rank) continue;
     LlLoss loss = LlLoss::kLate;
     ll_is_lost(g, peer, &loss);
-    ll_lose(g, ll_timeout(g, Phase::kPost, peer, expected, 0), loss);
+    ll_lose_post(g, number, peer, loss);
   }
 }
 

@@ -31,9 +31,8 @@ __global__ void __launch_bounds__(kNumThreads)
   ll_send_post(g, number, words, ll_peers(g, view), threadIdx.x, blockDim.x);
   if (is_refused) ll_post_again(g, number, 0, words, call.text, ll_peers(g, view));
   const LlRanks came =
-      ll_wait_posts(g, board, number, ll_peers(g, view), nullptr, [&](int peer, LlLoss loss) {
-        ll_lose(g, ll_timeout(g, Phase::kPost, peer, ll_post_flag(number, 0), 0), loss);
-      });
+      ll_wait_posts(g, board, number, ll_peers(g, view), nullptr,
+                    [&](int peer, LlLoss loss) { ll_lose_post(g, number, peer, loss); });
   if (threadIdx.x == 0) {
     for (int peer = 0; peer < g.group.num_ranks; ++peer)
       if (ll_has(came, peer) &&

@@ -99,6 +99,14 @@ __device__ __forceinline__ bool ll_has_posted_again(const LlGroup& g, uint64_t n
   return load_flag(ll_flag(g, number, g.group.rank, peer)) >= ll_post_flag(number, 0);
 }
 
+/// A word of a post from its tagged halves. False if they are not there for this call.
+__device__ __forceinline__ bool ll_read_halves(const uint64_t* halves, uint64_t number,
+                                               uint64_t* value) {
+  const uint64_t low = load_flag(halves), high = load_flag(halves + 1);
+  *value = high << 32 | static_cast<uint32_t>(low);
+  return ll_has_tag(low, number) && ll_has_tag(high, number);
+}
+
 /// A word of a peer's post. False if it has not come.
 __device__ __forceinline__ bool ll_read_post_word(const LlGroup& g, uint64_t number, int peer,
                                                   int word, uint64_t* value) {
@@ -107,10 +115,7 @@ __device__ __forceinline__ bool ll_read_post_word(const LlGroup& g, uint64_t num
     *value = load_flag(post + word);
     return true;
   }
-  const uint64_t* halves = ll_tagged(g, number, g.group.rank, peer) + 2 * word;
-  const uint64_t low = load_flag(halves), high = load_flag(halves + 1);
-  *value = high << 32 | static_cast<uint32_t>(low);
-  return ll_has_tag(low, number) && ll_has_tag(high, number);
+  return ll_read_halves(ll_tagged(g, number, g.group.rank, peer) + 2 * word, number, value);
 }
 
 /// All threads: reads the posts of `from`, which have come.
@@ -136,11 +141,8 @@ __device__ bool ll_take_posts(const LlGroup& g, LlBoard& board, uint64_t number,
     if (!ll_has(from, src)) continue;
     const uint64_t* halves = ll_tagged(g, number, g.group.rank, src) + 2 * word;
     LlLoss loss = LlLoss::kLate;
-    const bool has_come = wait(src, &loss, [&] {
-      const uint64_t low = load_flag(halves), high = load_flag(halves + 1);
-      board.posts[src].word[word] = high << 32 | static_cast<uint32_t>(low);
-      return ll_has_tag(low, number) && ll_has_tag(high, number);
-    });
+    const bool has_come = wait(
+        src, &loss, [&] { return ll_read_halves(halves, number, &board.posts[src].word[word]); });
     ended(src, word, has_come, loss);
     have_come &= has_come;
   }
@@ -170,7 +172,7 @@ __device__ LlRanks ll_wait_posts(const LlGroup& g, LlBoard& board, uint64_t numb
 /// One thread: a count that goes with a post of `peer` has not come in time, although the post has.
 /// What this rank knows of the rows is not enough then: it gives the dispatch up.
 __device__ inline void ll_lose_count(const LlGroup& g, uint64_t number, int peer) {
-  ll_lose(g, ll_timeout(g, Phase::kPost, peer, ll_post_flag(number, 0), 0), LlLoss::kLate);
+  ll_lose_post(g, number, peer, LlLoss::kLate);
   atomicExch(&g.state->lacks_counts, 1u);
 }
 
@@ -277,7 +279,7 @@ __device__ inline void ll_collect(const LlGroup& g, LlBoard& board, int half) {
   const uint64_t number = state.combine - 1;
   const LlRanks from = ll_peers(g, read_word(&g.state->masked));
   const LlRanks came = ll_wait_posts(g, board, number, from, nullptr, [&](int peer, LlLoss loss) {
-    ll_lose(g, ll_timeout(g, Phase::kPost, peer, ll_post_flag(number, 0), 0), loss);
+    ll_lose_post(g, number, peer, loss);
   });
   for (int i = threadIdx.x; i < g.group.num_ranks * kNumLlWords; i += blockDim.x)
     state.posts[i / kNumLlWords].word[i % kNumLlWords] =

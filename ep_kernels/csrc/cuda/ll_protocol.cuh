@@ -143,6 +143,11 @@ __device__ __forceinline__ TimeoutRecord ll_timeout(const LlGroup& g, Phase phas
           static_cast<int64_t>(seen)};
 }
 
+/// One thread, after a wait in vain for the post of `peer`.
+__device__ inline void ll_lose_post(const LlGroup& g, uint64_t number, int peer, LlLoss loss) {
+  ll_lose(g, ll_timeout(g, Phase::kPost, peer, ll_post_flag(number, 0), 0), loss);
+}
+
 // Ends of calls and kernels.
 
 /// One thread.
