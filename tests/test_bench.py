@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ep_kernels.bench.baseline import Workspace, _by_expert
-from ep_kernels.bench.launcher import spawn_ranks
+from ep_kernels.bench.launcher import join_ranks, spawn_ranks
 from ep_kernels.bench.report import format_table, make_lines
 from ep_kernels.bench.workload import Workload, bytes_to_move
 
@@ -66,6 +67,19 @@ def test_spawned_ranks_end_in_time_or_are_killed(seconds, are_over):
     begin = time.monotonic()
     assert spawn_ranks(wait_as_told, seconds, 2, deadline_s=20 if are_over else 1) is are_over
     assert time.monotonic() - begin < 40
+
+
+def count_ranks(rank, path, store):
+    join_ranks(rank, 2, store)
+    ranks = torch.ones(1)
+    dist.all_reduce(ranks)
+    (path / str(rank)).write_text(str(int(ranks)))
+    dist.destroy_process_group()
+
+
+def test_spawned_ranks_can_join(tmp_path):
+    assert spawn_ranks(count_ranks, tmp_path, 2, deadline_s=40)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2", "2"]
 
 
 def test_impossible_sizes_are_refused_by_name():

@@ -13,16 +13,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from datetime import timedelta
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ep_kernels._native_ll import LL_STAMPS
 from ep_kernels.bench.cuda_ll_timer import Setting, Timer
-from ep_kernels.bench.launcher import spawn_ranks
+from ep_kernels.bench.launcher import join_ranks, run_on_gpus
 
 NUM_CALLS = 20
 KINDS = {"fp8": {"use_fp8": True}, "bf16": {}}
@@ -89,13 +87,7 @@ def report(timer: Timer, kind: str) -> Iterator[str]:
 def run_rank(rank: int, options: argparse.Namespace, store: str) -> None:
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=options.ranks,
-        timeout=timedelta(seconds=60),
-    )
+    join_ranks(rank, options.ranks, store)
     for num_tokens in options.tokens:
         setting = Setting(
             num_ranks=options.ranks,
@@ -134,14 +126,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options: Any = parse(argv)
-    if not torch.cuda.is_available():
-        print("cuda_ll_stamps: torch sees no CUDA device", file=sys.stderr)
-        return 1
-    if spawn_ranks(run_rank, options, options.ranks, deadline_s=options.deadline):
-        return 0
-    print(f"cuda_ll_stamps: not over after {options.deadline} s", file=sys.stderr)
-    return 1
+    return run_on_gpus("cuda_ll_stamps", run_rank, parse(argv))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import gc
 import json
 import sys
 from collections.abc import Iterator
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from ep_kernels.bench.cuda_ll_timer import Measurement, Setting, Timer, slowest
-from ep_kernels.bench.launcher import spawn_ranks
+from ep_kernels.bench.launcher import join_ranks, run_on_gpus
 
 CALLS_PER_ROW = 20
 
@@ -120,13 +119,7 @@ def measure_setting(setting: Setting, device: torch.device) -> Iterator[Measurem
 def run_rank(rank: int, options: argparse.Namespace, store: str) -> None:
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=options.ranks,
-        timeout=timedelta(seconds=60),
-    )
+    join_ranks(rank, options.ranks, store)
     for num_experts in options.experts:
         for num_tokens in options.tokens:
             setting = Setting(
@@ -170,14 +163,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parse(argv)
-    if not torch.cuda.is_available():
-        print("cuda_low_latency: torch sees no CUDA device", file=sys.stderr)
-        return 1
-    if spawn_ranks(run_rank, options, options.ranks, deadline_s=options.deadline):
-        return 0
-    print(f"cuda_low_latency: not over after {options.deadline} s", file=sys.stderr)
-    return 1
+    return run_on_gpus("cuda_low_latency", run_rank, parse(argv))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import json
@@ -13,14 +14,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
+import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from ep_kernels.bench.worker import Job
 
 POLL_S = 0.1
 PATIENCE_S = 5.0
+JOIN_TIMEOUT = timedelta(seconds=60)
 
 # glibc gives large blocks back to the system and takes them anew, page by page, on every call.
 # Keeping them makes the baselines faster, and is what a caching allocator does elsewhere.
@@ -55,9 +60,9 @@ def run_ranks(job: Job, *, timeout_s: float) -> dict[str, Any]:
 def spawn_ranks(
     run_rank: Callable[[int, Any, str], None], options: Any, num_ranks: int, *, deadline_s: float
 ) -> bool:
-    """Runs `run_rank(rank, options, store)` in a process for each rank; `store` is the path of a
-    file for init_process_group("gloo", init_method=f"file://{store}"). Whether all were over
-    before the deadline, after which those that were not are killed.
+    """Runs `run_rank(rank, options, store)` in a process for each rank; `store` is for
+    join_ranks(). Whether all were over before the deadline, after which those that were not are
+    killed.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: a rank has raised.
@@ -73,6 +78,31 @@ def spawn_ranks(
                     process.kill()
                 return False
     return True
+
+
+def run_on_gpus(
+    name: str, run_rank: Callable[[int, Any, str], None], options: argparse.Namespace
+) -> int:
+    """spawn_ranks() for a benchmark on GPUs with the options `ranks` and `deadline`. Its exit
+    status; a problem is printed under its name."""
+    if not torch.cuda.is_available():
+        print(f"{name}: torch sees no CUDA device", file=sys.stderr)
+        return 1
+    if spawn_ranks(run_rank, options, options.ranks, deadline_s=options.deadline):
+        return 0
+    print(f"{name}: not over after {options.deadline} s", file=sys.stderr)
+    return 1
+
+
+def join_ranks(rank: int, num_ranks: int, store: str) -> None:
+    """Makes the default process group of ranks that spawn_ranks() has started."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=num_ranks,
+        timeout=JOIN_TIMEOUT,
+    )
 
 
 def run_commands(

@@ -18,14 +18,13 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ep_kernels.bench.launcher import spawn_ranks
+from ep_kernels.bench.launcher import join_ranks, run_on_gpus
 from ep_kernels.bootstrap import make_bootstrap
 from ep_kernels.nvshmem import NvshmemLane, NvshmemOptions, leave
 from ep_kernels.topology import Topology
@@ -37,13 +36,7 @@ SLEEP_CYCLES = 2_000_000
 def run_rank(rank: int, options: argparse.Namespace, store: str) -> None:
     gpu = rank % torch.cuda.device_count()
     torch.cuda.set_device(gpu)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=options.ranks,
-        timeout=timedelta(seconds=60),
-    )
+    join_ranks(rank, options.ranks, store)
     num_tokens = (options.megabytes << 20) // (options.hidden * 2 * (options.ranks - 1))
     shape = (num_tokens * (options.ranks - 1), options.hidden)
     rows = torch.randn(shape, device="cuda").to(torch.bfloat16)
@@ -146,14 +139,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.ranks < 2:
         print(f"bench.nvshmem: --ranks={options.ranks} is less than 2", file=sys.stderr)
         return 2
-    if not torch.cuda.is_available():
-        print("bench.nvshmem: torch sees no CUDA device", file=sys.stderr)
-        return 1
     os.environ.setdefault("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", str(100 // options.ranks))
-    if spawn_ranks(run_rank, options, options.ranks, deadline_s=options.deadline):
-        return 0
-    print(f"bench.nvshmem: not over after {options.deadline} s", file=sys.stderr)
-    return 1
+    return run_on_gpus("bench.nvshmem", run_rank, options)
 
 
 if __name__ == "__main__":
