@@ -2,38 +2,25 @@
 on the CPU, over a network that delivers puts late and in any order; tests/programs/gpu_stand_in/ is
 its CUDA and NVSHMEM. Memory order on a GPU is not tested here; see test_nvshmem.py."""
 
-import os
+import functools
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
+from programs_in_cpp import CSRC, PROGRAMS, compile_program, needs_compiler, run_program
 
-ROOT = Path(__file__).resolve().parents[1]
-CSRC = ROOT / "ep_kernels" / "csrc"
-PROGRAMS = ROOT / "tests" / "programs"
-CXX = os.environ.get("CXX", "g++")
-
-pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason=f"needs a C++ compiler ({CXX})")
+pytestmark = needs_compiler
+run = functools.partial(run_program, timeout_s=30)
 
 
-def compile_program(folder, csrc=CSRC):
-    program = folder / "lane_exchange"
-    flags = ["-std=c++17", "-O0", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread"]
-    includes = [f"-I{PROGRAMS / 'gpu_stand_in'}", f"-I{csrc}"]
-    source = str(PROGRAMS / "lane_exchange.cpp")
-    subprocess.run([CXX, *flags, *includes, source, "-o", str(program)], check=True)
-    return program
+def compile_exchange(folder, csrc=CSRC):
+    flags = ["-O0", "-Wno-unknown-pragmas", f"-I{PROGRAMS / 'gpu_stand_in'}", f"-I{csrc}"]
+    return compile_program("lane_exchange", folder, *flags)
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    return compile_program(tmp_path_factory.mktemp("lane_exchange"))
-
-
-def run(program, *arguments):
-    command = [str(program), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return compile_exchange(tmp_path_factory.mktemp("lane_exchange"))
 
 
 @pytest.mark.parametrize("mode", ["rows staged", "rows direct", "bytes staged"])
@@ -69,7 +56,7 @@ def test_the_program_notices_a_mistake(tmp_path, right, wrong):
     paths = [csrc / "nvshmem" / name for name in ("exchange.cuh", "streams.cuh")]
     (path,) = (path for path in paths if right in path.read_text())
     path.write_text(path.read_text().replace(right, wrong))
-    program = compile_program(tmp_path, csrc=csrc)
+    program = compile_exchange(tmp_path, csrc=csrc)
 
     def is_noticed(seed):
         try:

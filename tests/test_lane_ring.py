@@ -1,35 +1,23 @@
 """Flow control of the rings of a lane (csrc/core/lane_ring.h, lane_stream.h): no piece is lost,
 overwritten or out of place, and nobody waits for ever. A C++ program; threads play the GPUs."""
 
-import os
+import functools
 import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
+from programs_in_cpp import CSRC, compile_program, needs_compiler, run_program
 
-ROOT = Path(__file__).resolve().parents[1]
-CXX = os.environ.get("CXX", "g++")
-
-pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason=f"needs a C++ compiler ({CXX})")
+pytestmark = needs_compiler
+run = functools.partial(run_program, timeout_s=20)
 
 
-def compile_program(folder, csrc=ROOT / "ep_kernels" / "csrc"):
-    program = folder / "lane_ring"
-    source = ROOT / "tests" / "programs" / "lane_ring.cpp"
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{csrc}"]
-    subprocess.run([CXX, *flags, str(source), "-o", str(program)], check=True)
-    return program
+def compile_ring(folder, csrc=CSRC):
+    return compile_program("lane_ring", folder, "-O1", f"-I{csrc}")
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    return compile_program(tmp_path_factory.mktemp("lane_ring"))
-
-
-def run(program, *arguments):
-    command = [str(program), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    return compile_ring(tmp_path_factory.mktemp("lane_ring"))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -63,7 +51,7 @@ def test_every_byte_arrives_once(program, num_pes, num_channels, num_slots, stag
 )
 def test_the_program_notices_a_mistake(tmp_path, right, wrong):
     core = tmp_path / "core"
-    shutil.copytree(ROOT / "ep_kernels" / "csrc" / "core", core)
+    shutil.copytree(CSRC / "core", core)
     for path in (core / "lane_ring.h", core / "lane_stream.h"):
         text = path.read_text()
         if right in text:
@@ -71,6 +59,6 @@ def test_the_program_notices_a_mistake(tmp_path, right, wrong):
             break
     else:
         pytest.fail(f"{right!r} is not in the sources")
-    program = compile_program(tmp_path, csrc=tmp_path)
+    program = compile_ring(tmp_path, csrc=tmp_path)
     results = [run(program, 2, 1, 3, 3000, seed) for seed in range(20)]
     assert any(done.returncode != 0 for done in results)
