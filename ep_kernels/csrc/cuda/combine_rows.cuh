@@ -7,14 +7,13 @@
 #include "core/routing.h"
 #include "core/types.h"
 #include "cuda/device/elements.cuh"
+#include "cuda/device/warp.cuh"
 
 // The rows of a token of a combine, read from their ranks and added; for one node and for several.
 // `From` tells where the rows and the weights of a rank begin: x_of(rank), weights_of(rank).
 
 namespace ep::cuda {
 
-constexpr int kWarpSize = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kRowsAtOnce = 8;
 constexpr int kVectorsPerItem = 256;
 

@@ -3,12 +3,12 @@
 #include "core/math.h"
 #include "cuda/check_cuda.h"
 #include "cuda/device/bulk_copy.cuh"
+#include "cuda/device/warp.cuh"
 #include "cuda/kernels.h"
 
 namespace ep::cuda {
 namespace {
 
-constexpr int kWarpSize = 32;
 constexpr int kNumWarps = 16;
 constexpr int kNumStages = 2;
 constexpr int kPieceBytes = static_cast<int>(kCopyUnit);

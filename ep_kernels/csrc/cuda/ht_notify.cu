@@ -13,6 +13,7 @@
 #include "core/types.h"
 #include "cuda/check_cuda.h"
 #include "cuda/device/dependent_launch.cuh"
+#include "cuda/device/warp.cuh"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/protocol.cuh"
@@ -207,7 +208,7 @@ __device__ void fill_rank_counts(const DeviceGroup& group, const HtDispatchArgs&
 __device__ int64_t scan_lanes(int64_t value, int lane) {
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
-    const int64_t below = __shfl_up_sync(0xffffffffu, value, distance);
+    const int64_t below = __shfl_up_sync(kAllLanes, value, distance);
     if (lane >= distance) value += below;
   }
   return value;
@@ -248,8 +249,8 @@ __device__ void place_groups(const DeviceGroup& group, const HtDispatchArgs& arg
         const int local = group.placement.local_of[expert];
         args.routing.expert_offsets[local + 1] = end;
       }
-      end_of_groups = __shfl_sync(0xffffffffu, end, 31);
-      num_real_rows += __shfl_sync(0xffffffffu, scan_lanes(total, lane), 31);
+      end_of_groups = __shfl_sync(kAllLanes, end, 31);
+      num_real_rows += __shfl_sync(kAllLanes, scan_lanes(total, lane), 31);
     }
     if (lane == 0) too_many.check(dst, end_of_groups);
     if (dst != group.rank || lane != 0) continue;

@@ -7,6 +7,7 @@
 #include "cuda/check_cuda.h"
 #include "cuda/device/bulk_copy.cuh"
 #include "cuda/device/elements.cuh"
+#include "cuda/device/warp.cuh"
 #include "cuda/launch.h"
 
 // Rows on their way: each piece is read once and written to up to 32 places. By bulk copies through
@@ -15,8 +16,6 @@
 
 namespace ep::cuda {
 
-constexpr int kWarpSize = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kNumStages = 2;
 constexpr int kRowWarps = 16;
 constexpr int kMaxPieceBytes = 4 << 10;

@@ -14,13 +14,13 @@
 #include "core/types.h"
 #include "cuda/check_cuda.h"
 #include "cuda/device/elements.cuh"
+#include "cuda/device/warp.cuh"
 #include "cuda/lane.h"
 #include "cuda/launch.h"
 
 namespace ep::cuda {
 namespace {
 
-constexpr int kWarpSize = 32;
 constexpr int kNumThreads = 512;
 constexpr int kVectorsPerItem = 256;
 constexpr int kUnroll = 4;

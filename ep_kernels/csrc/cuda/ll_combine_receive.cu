@@ -22,11 +22,11 @@ namespace ep::cuda {
 namespace {
 
 constexpr int kNumThreads = 1024;
-constexpr int kNumWarps = kNumThreads / kLlWarpSize;
+constexpr int kNumWarps = kNumThreads / kWarpSize;
 constexpr int kMinPieces = 8;    ///< of a block, or fewer blocks do
 constexpr int kMaxSlots = 2048;  ///< choices that a block lists at once
 constexpr int kRowsAtOnce = 8;
-constexpr int kChannels = 8 * kLlWarpSize;  ///< of a piece
+constexpr int kChannels = 8 * kWarpSize;  ///< of a piece
 
 /// A row of a token, and its weight; null: none. First where it is in half 0 of `rank`, which is
 /// known before the posts come; -1: nowhere else.
@@ -135,7 +135,7 @@ struct Sums {
     }
   }
   __device__ void sum_wave(int first) const {
-    const int warp = threadIdx.x / kLlWarpSize, lane = threadIdx.x % kLlWarpSize;
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     const int64_t hidden = call.sizes.hidden;
     for (int piece = max(begin, first * pieces_per_token) + warp;
          piece < min(end, wave_end(first) * pieces_per_token); piece += kNumWarps) {

@@ -15,7 +15,7 @@ namespace ep::cuda {
 namespace {
 
 constexpr int kNumThreads = 1024;
-constexpr int kNumWarps = kNumThreads / kLlWarpSize;
+constexpr int kNumWarps = kNumThreads / kWarpSize;
 
 /// The rows of this rank's experts, in shared memory.
 struct RowList {
@@ -38,23 +38,23 @@ struct RowList {
     }
     if (threadIdx.x == 0) begin[0] = 0;
     __syncthreads();
-    if (threadIdx.x < kLlWarpSize) scan(num_local);
+    if (threadIdx.x < kWarpSize) scan(num_local);
     __syncthreads();
   }
   /// One warp: turns counts into first rows.
   __device__ void scan(int num_local) const {
     const int lane = threadIdx.x;
     int32_t before = 0;
-    for (int first = 1; first <= num_local; first += kLlWarpSize) {
+    for (int first = 1; first <= num_local; first += kWarpSize) {
       const int at = first + lane;
       int32_t sum = at <= num_local ? begin[at] : 0;
 #pragma unroll
-      for (int step = 1; step < kLlWarpSize; step *= 2) {
-        const int32_t other = __shfl_up_sync(kLlLanes, sum, step);
+      for (int step = 1; step < kWarpSize; step *= 2) {
+        const int32_t other = __shfl_up_sync(kAllLanes, sum, step);
         if (lane >= step) sum += other;
       }
       if (at <= num_local) begin[at] = before + sum;
-      before += __shfl_sync(kLlLanes, sum, kLlWarpSize - 1);
+      before += __shfl_sync(kAllLanes, sum, kWarpSize - 1);
     }
   }
   /// The expert of a row of the list.
@@ -77,15 +77,14 @@ __device__ void copy_row(const uint16_t* from, uint8_t* to, int64_t hidden, int 
   auto* target = reinterpret_cast<uint4*>(to);
   const auto num_vectors = static_cast<int>(hidden / 8);
   constexpr int kAtOnce = 8;
-  for (int first = lane; first < num_vectors; first += kAtOnce * kLlWarpSize) {
+  for (int first = lane; first < num_vectors; first += kAtOnce * kWarpSize) {
     uint4 parts[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i)
-      if (first + i * kLlWarpSize < num_vectors)
-        parts[i] = load_once(source + first + i * kLlWarpSize);
+      if (first + i * kWarpSize < num_vectors) parts[i] = load_once(source + first + i * kWarpSize);
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i)
-      if (first + i * kLlWarpSize < num_vectors) target[first + i * kLlWarpSize] = parts[i];
+      if (first + i * kWarpSize < num_vectors) target[first + i * kWarpSize] = parts[i];
   }
 }
 
@@ -104,7 +103,7 @@ __device__ void compress_row(const uint16_t* from, uint8_t* to, int64_t hidden, 
   }
   __syncwarp();
   auto* out = reinterpret_cast<float*>(to + ll_wire_scales(hidden));
-  for (int i = lane; i < hidden / kScaleGroup; i += kLlWarpSize) out[i] = scales[i];
+  for (int i = lane; i < hidden / kScaleGroup; i += kWarpSize) out[i] = scales[i];
   __syncwarp();
 }
 
@@ -115,7 +114,7 @@ __device__ void stage(const LlGroup& g, const LlCombineCall& call, void* shared)
   auto* words = static_cast<int32_t*>(shared);
   const RowList list{words, words + num_local + 1, words + 2 * num_local + 1};
   list.fill(g, g.counts + static_cast<int64_t>(call.half) * num_local * num_ranks);
-  const int warp = threadIdx.x / kLlWarpSize, lane = threadIdx.x % kLlWarpSize;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   auto* scales =
       reinterpret_cast<float*>(words + 3 * num_local + 1) + warp * (hidden / kScaleGroup);
   const LlHalfLayout half(call.sizes, num_ranks, num_local);

@@ -5,15 +5,13 @@
 #include "core/fp8.h"
 #include "core/ll_layout.h"
 #include "cuda/device/elements.cuh"
+#include "cuda/device/warp.cuh"
 #include "cuda/ll_group.h"
 
 // Rows of low-latency mode, a piece of a row per warp: how a piece becomes what travels, and how it
 // is weighed and summed. The bits are those of cpu/ll_cast_loops.h and cpu/reduce*.
 
 namespace ep::cuda {
-
-constexpr int kLlWarpSize = 32;
-constexpr unsigned kLlLanes = 0xffffffffu;
 
 __device__ __forceinline__ uint16_t ll_half_word(const uint4& v, int i) {
   const uint32_t words[4] = {v.x, v.y, v.z, v.w};
@@ -34,7 +32,7 @@ struct LlTarget {
 
 /// The pieces of rows that travel as bf16: 8 channels per lane.
 struct LlSendBF16 {
-  static constexpr int kChannels = 8 * kLlWarpSize;
+  static constexpr int kChannels = 8 * kWarpSize;
 
   static __device__ __forceinline__ LlPiece load(const LlDispatchArgs& args, int64_t token,
                                                  int piece, int lane) {
@@ -79,7 +77,7 @@ __device__ __forceinline__ uint4 ll_cast(const uint4& low, const uint4& high, fl
 /// The pieces of rows that travel as e4m3: 16 channels per lane, 8 lanes to a scale.
 template <LlFormat kFormat>
 struct LlSendFP8 {
-  static constexpr int kChannels = 16 * kLlWarpSize;
+  static constexpr int kChannels = 16 * kWarpSize;
   static constexpr int kLanesOfGroup = kScaleGroup / 16;
 
   /// All lanes. Casts a piece of a row.
@@ -99,7 +97,7 @@ struct LlSendFP8 {
     }
 #pragma unroll
     for (int mask = kLanesOfGroup / 2; mask > 0; mask /= 2)
-      largest = max(largest, __shfl_xor_sync(kLlLanes, largest, mask));
+      largest = max(largest, __shfl_xor_sync(kAllLanes, largest, mask));
     const Fp8Scale scale = make_fp8_scale(static_cast<int16_t>(largest), kFormat != LlFormat::kFP8);
     return {ll_cast(low, high, scale.inverse), scale.scale};
   }
@@ -116,12 +114,13 @@ struct LlSendFP8 {
     const int64_t channel = int64_t{number} * kChannels + 16 * lane;
     if (channel < args.sizes.hidden)
       store_once(reinterpret_cast<uint4*>(to.row + channel), piece.data);
-    constexpr int kGroups = kLlWarpSize / kLanesOfGroup;
+    constexpr int kGroups = kWarpSize / kLanesOfGroup;
     if constexpr (kFormat == LlFormat::kFP8UE8M0) {
       uint32_t packed = 0;
 #pragma unroll
       for (int i = 0; i < kGroups; ++i)
-        packed |= uint32_t{ue8m0(__shfl_sync(kLlLanes, piece.scale, i * kLanesOfGroup))} << (8 * i);
+        packed |= uint32_t{ue8m0(__shfl_sync(kAllLanes, piece.scale, i * kLanesOfGroup))}
+                  << (8 * i);
       if (lane == 0)
         store_kept(reinterpret_cast<uint32_t*>(to.scales + number * stride * 4), packed);
     } else {

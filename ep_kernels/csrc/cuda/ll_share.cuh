@@ -15,7 +15,7 @@
 namespace ep::cuda {
 
 constexpr int kLlSendThreads = 1024;
-constexpr int kLlSendWarps = kLlSendThreads / kLlWarpSize;
+constexpr int kLlSendWarps = kLlSendThreads / kWarpSize;
 constexpr int kLlMaxSlots = 2048;  ///< choices that a block places at once
 
 /// A choice of a token: first what is known before the posts come, then where it goes.
@@ -71,9 +71,9 @@ struct LlShare {
       choice.local = choice.expert < 0 ? 0 : g.group.placement.local_of[choice.expert];
     }
     __syncthreads();
-    if (threadIdx.x >= kLlWarpSize) return;
+    if (threadIdx.x >= kWarpSize) return;
     for (int token = 0; token < wave_end(first) - first; ++token) {
-      for (int k = threadIdx.x; k < num_topk(); k += kLlWarpSize) {
+      for (int k = threadIdx.x; k < num_topk(); k += kWarpSize) {
         auto& choice = slots[token * num_topk() + k].choice;
         if (choice.expert >= 0) choice.row = next[choice.expert]++;
       }
@@ -140,7 +140,7 @@ struct LlShare {
   }
   __device__ LlPiece load(int piece) const {
     return Format::load(call.args, piece / pieces_per_token, piece % pieces_per_token,
-                        threadIdx.x % kLlWarpSize);
+                        threadIdx.x % kWarpSize);
   }
 
   /// One warp: sends a piece to where the choices of its token go.
@@ -152,13 +152,13 @@ struct LlShare {
     for (int k = 0; k < num_topk(); ++k) {
       const LlTarget target = of_token[k].target;
       if (target.row)
-        Format::store(call.args, loaded, target, number_in_row, stride, threadIdx.x % kLlWarpSize);
+        Format::store(call.args, loaded, target, number_in_row, stride, threadIdx.x % kWarpSize);
     }
   }
 
   /// The pieces of a wave that are this warp's: from, step, to.
   __device__ int first_piece(int first) const {
-    return max(begin, first * pieces_per_token) + static_cast<int>(threadIdx.x) / kLlWarpSize;
+    return max(begin, first * pieces_per_token) + static_cast<int>(threadIdx.x) / kWarpSize;
   }
   __device__ int end_piece(int first) const { return min(end, wave_end(first) * pieces_per_token); }
 
