@@ -38,6 +38,7 @@ __device__ void check_and_count(const LlShare<Format>& share, LlBoard& board, Ll
   constexpr int32_t kOutside = INT32_MAX;
   if (threadIdx.x == 0) board.came = kNone;
   for (int i = threadIdx.x; i < num_experts; i += blockDim.x) share.next[i] = 0;
+  __syncthreads();  // also if there are no tokens
   for (int first = 0; first < num_choices; first += wave) {
     const int num_here = min(wave, num_choices - first);
     for (int i = threadIdx.x; i < num_here; i += blockDim.x) {
