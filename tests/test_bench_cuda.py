@@ -197,7 +197,7 @@ def test_stamps_are_told_from_the_first_rank_and_from_each_ranks_own_begin():
             slot[LL_STAMPS.index("begin")] = begin
             slot[LL_STAMPS.index("posted")] = begin + 4000
             slot[-1] = begin + 10_000
-    lines = list(cuda_ll_stamps.describe(cuda_ll_stamps.last_calls(stamps, 3)))
+    lines = list(cuda_ll_stamps.describe_calls(cuda_ll_stamps.last_calls(stamps, 3)))
     assert [line.split() for line in lines[:-1]] == [
         ["begin", "0.0", "0.0", "3.0", "own", "0.0"],
         ["posted", "4.0", "4.0", "7.0", "own", "4.0"],

@@ -21,44 +21,27 @@ import torch.distributed as dist
 from ep_kernels._native_ll import LL_STAMPS
 from ep_kernels.bench.cuda_ll_timer import Setting, Timer
 from ep_kernels.bench.launcher import join_ranks, run_on_gpus
+from ep_kernels.bench.stamps import describe, gather_stamps
 
 NUM_CALLS = 20
 KINDS = {"fp8": {"use_fp8": True}, "bf16": {}}
 
 
-def describe(stamps: torch.Tensor) -> Iterator[str]:
-    """A line for each step that calls come to.
+def describe_calls(stamps: torch.Tensor) -> Iterator[str]:
+    """The lines of stamps.describe(), and how long after each call the next one begins.
 
     Args:
         stamps: [R, N, len(LL_STAMPS)] nanoseconds of N calls of one kind, oldest first; 0: never.
     """
-    times = stamps.double() / 1e3
-    begin = times[:, :, 0]
-    since_first = times - begin.min(dim=0).values[None, :, None]
-    since_own = times - begin[:, :, None]
-    for i, name in enumerate(LL_STAMPS):
-        if not stamps[:, :, i].any():
-            continue
-        here = since_first[:, :, i]
-        of_ranks = [here.min(0).values, here.median(0).values, here.max(0).values]
-        first, middle, last = (float(each.median()) for each in of_ranks)
-        own = float(since_own[:, :, i].median())
-        yield f"  {name:10} {first:7.1f} {middle:7.1f} {last:7.1f}   own {own:7.1f}"
-    gaps = begin[:, 1:] - times[:, :-1, -1]
-    yield f"  from a call's end to the next one's begin: {float(gaps.median()):.1f}"
+    yield from describe(stamps, LL_STAMPS)
+    gaps = stamps[:, 1:, 0] - stamps[:, :-1, -1]
+    yield f"  from a call's end to the next one's begin: {float(gaps.double().median()) / 1e3:.1f}"
 
 
 def last_calls(stamps: torch.Tensor, num_calls: int) -> torch.Tensor:
     """[R, num_calls, len(LL_STAMPS)], oldest first, of [R, ...] as they are kept."""
     order = stamps[0, :, 0].argsort()
     return stamps[:, order[-num_calls:]]
-
-
-def gather_stamps(timer: Timer) -> torch.Tensor:
-    own = timer.stamps()
-    gathered = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, own)
-    return torch.stack(gathered)
 
 
 def report(timer: Timer, kind: str) -> Iterator[str]:
@@ -75,13 +58,13 @@ def report(timer: Timer, kind: str) -> Iterator[str]:
         dist.barrier()
         timer.time_graphs([graph])
         dist.barrier()
-        stamps = gather_stamps(timer)
+        stamps = gather_stamps(timer.stamps())
         if is_pair:  # every second call; those before the last dispatch of the graph
             yield f"combine bf16 after dispatch {kind}"
-            yield from describe(last_calls(stamps, 2 * NUM_CALLS)[:, 1::2])
+            yield from describe_calls(last_calls(stamps, 2 * NUM_CALLS)[:, 1::2])
         else:
             yield f"dispatch {kind}"
-            yield from describe(last_calls(stamps, NUM_CALLS))
+            yield from describe_calls(last_calls(stamps, NUM_CALLS))
 
 
 def run_rank(rank: int, options: argparse.Namespace, store: str) -> None:

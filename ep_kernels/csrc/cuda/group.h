@@ -63,11 +63,12 @@ struct CallRecord {
 
 /// Device memory of one rank that only its own kernels touch.
 struct LocalState {
-  uint64_t num_calls;       ///< calls finished: the number of the next one
-  int32_t call_status;      ///< CallStatus of the call under way
-  uint32_t blocks_done;     ///< of the call's last kernel
-  uint32_t next_item;       ///< see WorkQueue; of the kernel that moves the rows
-  uint32_t failed;          ///< a wait ran out of time: everything later returns at once
+  uint64_t num_calls;    ///< calls finished: the number of the next one
+  int32_t call_status;   ///< CallStatus of the call under way
+  uint32_t blocks_done;  ///< of the call's last kernel
+  uint32_t next_item;    ///< see WorkQueue; of the kernel that moves the rows
+  uint32_t failed;       ///< a wait ran out of time: everything later returns at once
+  uint64_t stamps[kNumStamps];
   int64_t bad_choice[2];    ///< first bad entry of topk_idx: kind and index; kNoBadChoice if none
   Offer offers[kMaxRanks];  ///< memory of every rank, for the call under way
   int64_t capacities[kMaxRanks];

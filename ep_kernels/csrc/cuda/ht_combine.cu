@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kNumThreads, 1)
                   const __grid_constant__ HtCombineArgs args, CallRecord* record) {
   wait_for_kernel_before();
   if (is_running(group)) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) stamp(record, kStampMoving);
+    if (blockIdx.x == 0 && threadIdx.x == 0) stamp(group, kStampMoving);
     reduce_tokens<Element, kVectors>(group, args);
   }
   if (is_last_block(group)) finish(group, record);

@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(kRowWarps* kWarpSize)
                 CallRecord* record) {
   wait_for_kernel_before();
   if (is_running(group)) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) stamp(record, kStampMoving);
+    if (blockIdx.x == 0 && threadIdx.x == 0) stamp(group, kStampMoving);
     send_rows(group, args, pieces);
     pad_results(group, args);
     if (blockIdx.x == 0) add_recv_stats(group, args);

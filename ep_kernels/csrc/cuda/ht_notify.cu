@@ -367,7 +367,7 @@ __device__ bool exchange(const DeviceGroup& group, const HtDispatchArgs& args, c
     send_post(group, seq, refusal, own_counts);
   wait_posts(group, record, seq);
   check_agreement(group, record, seq);
-  if (threadIdx.x == 0) stamp(record, kStampAgreed);
+  if (threadIdx.x == 0) stamp(group, kStampAgreed);
   if (threadIdx.x == 0 && !is_running(group)) {
     __threadfence_system();
     store_word(&record->has_sizes, kSizesNever);
@@ -396,7 +396,7 @@ __device__ void notify(const DeviceGroup& group, const HtDispatchArgs& args, con
   count_overflow(group, args);
   __syncthreads();
   publish_sizes(args, group.num_local_experts, record);
-  if (threadIdx.x == 0) stamp(record, kStampSized);
+  if (threadIdx.x == 0) stamp(group, kStampSized);
   for (int64_t i = threadIdx.x; i < chunks * num_columns; i += blockDim.x)
     scratch[i] += sums.before[i % num_columns];
 }
@@ -407,7 +407,7 @@ __global__ void __launch_bounds__(kNumThreads)
                   const __grid_constant__ PostArgs post, int32_t* scratch, CallRecord* record) {
   extern __shared__ uint32_t shared_words[];
   __shared__ bool is_last;
-  if (blockIdx.x == 0 && threadIdx.x == 0) stamp(record, kStampBegin);
+  if (blockIdx.x == 0 && threadIdx.x == 0) stamp(group, kStampBegin);
   count_chunk(group, args, scratch, shared_words);
   __syncthreads();
   if (threadIdx.x == 0) {

@@ -18,14 +18,14 @@ constexpr int kNumThreads = 128;
 __global__ void __launch_bounds__(kNumThreads)
     post_kernel(const __grid_constant__ DeviceGroup group, const __grid_constant__ PostArgs post,
                 CallRecord* record) {
-  if (threadIdx.x == 0) stamp(record, kStampBegin);
+  if (threadIdx.x == 0) stamp(group, kStampBegin);
   if (!is_running(group)) return;
   const uint64_t seq = group.state->num_calls;
   wait_slot(group, record, seq);
   send_post(group, seq, post, nullptr);
   wait_posts(group, record, seq);
   check_agreement(group, record, seq);
-  if (threadIdx.x == 0) stamp(record, kStampAgreed);
+  if (threadIdx.x == 0) stamp(group, kStampAgreed);
   let_next_kernel_launch();
 }
 
@@ -47,7 +47,7 @@ __device__ void exchange_offers(const DeviceGroup& group, const Offer& offer, Ca
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
-  stamp(record, kStampOffered);
+  stamp(group, kStampOffered);
   for (int peer = 0; peer < group.num_ranks; ++peer)
     if (group.state->offers[peer].failed && set_status(group, CallStatus::kNoMemory))
       record->rank = peer;

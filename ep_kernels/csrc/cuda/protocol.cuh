@@ -29,8 +29,9 @@ __device__ __forceinline__ int32_t* counts_of(Post& post) {
 }
 
 /// One thread.
-__device__ __forceinline__ void stamp(CallRecord* record, Stamp which) {
-  record->stamps[which] = now_ns();
+/// NOTE: in device memory. Words for the host would delay the flags that are stored next.
+__device__ __forceinline__ void stamp(const DeviceGroup& group, Stamp which) {
+  group.state->stamps[which] = now_ns();
 }
 
 /// Ends the call under way with `status`. Writer: any thread; the first one counts.
@@ -98,6 +99,8 @@ __device__ inline void wait_slot(const DeviceGroup& group, CallRecord* record, u
 }
 
 /// All threads: writes the post, and `counts` if given, to every rank; then the flags.
+///
+/// Order: the stores of all threads, a barrier of the block, the release of each flag.
 __device__ inline void send_post(const DeviceGroup& group, uint64_t seq, const PostArgs& post,
                                  const int32_t* counts) {
   const ControlLayout layout = group.layout();
@@ -114,7 +117,6 @@ __device__ inline void send_post(const DeviceGroup& group, uint64_t seq, const P
     if (counts)
       for (int i = threadIdx.x; i < num_counts; i += blockDim.x) counts_of(to)[i] = counts[i];
   }
-  __threadfence_system();
   __syncthreads();
   for (int peer = threadIdx.x; peer < group.num_ranks; peer += blockDim.x)
     store_flag(word<uint64_t>(group, peer, layout.post_flags) + layout.slot(seq, group.rank),
@@ -141,7 +143,7 @@ __device__ inline void wait_posts(const DeviceGroup& group, CallRecord* record, 
 __device__ inline void exchange_done(const DeviceGroup& group, CallRecord* record) {
   LocalState& state = *group.state;
   const uint64_t seq = state.num_calls;
-  if (threadIdx.x == 0) stamp(record, kStampMoved);
+  if (threadIdx.x == 0) stamp(group, kStampMoved);
   if (!state.failed) {
     for (int peer = threadIdx.x; peer < group.num_ranks; peer += blockDim.x)
       store_flag(&peer_line(group, peer, group.rank).done, seq + 1);
@@ -150,7 +152,7 @@ __device__ inline void exchange_done(const DeviceGroup& group, CallRecord* recor
                 Phase::kDone);
   }
   __syncthreads();
-  if (threadIdx.x == 0) stamp(record, kStampDone);
+  if (threadIdx.x == 0) stamp(group, kStampDone);
 }
 
 /// Reports to the host, and makes the state ready for the next call. One thread, after all others.
@@ -161,6 +163,10 @@ __device__ inline void close_call(const DeviceGroup& group, CallRecord* record) 
   if (is_new || !group.is_captured)
     store_word(reinterpret_cast<uint32_t*>(&record->status),
                static_cast<uint32_t>(status == CallStatus::kRunning ? CallStatus::kOk : status));
+  for (int i = 0; i < kNumStamps; ++i) {  // no part of the outcome, so they may come later
+    record->stamps[i] = state.stamps[i];
+    state.stamps[i] = 0;
+  }
   state.bad_choice[0] = INT64_MAX;
   state.call_status = state.failed ? static_cast<int32_t>(CallStatus::kSkipped) : 0;
   state.blocks_done = 0;
@@ -185,14 +191,15 @@ __device__ inline void hand_over(const DeviceGroup& group, CallRecord* record) {
 /// here last. One block waits for peers then, so that waiting takes no room from their kernels on
 /// the same device.
 ///
-/// Order: each block's stores, its fence, its arrival; all arrivals, a fence, the flags to peers.
+/// Order: each block's stores, its fence, its arrival; all arrivals, a fence, the release of the
+/// flags to peers.
 __device__ inline bool is_last_block(const DeviceGroup& group) {
   __shared__ bool is_last;
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence_system();
     is_last = atomicAdd(&group.state->blocks_done, 1u) == gridDim.x - 1;
-    __threadfence_system();
+    __threadfence();
   }
   __syncthreads();
   return is_last;
