@@ -17,7 +17,7 @@ namespace ep::cuda {
 constexpr int kRowsAtOnce = 8;
 constexpr int kVectorsPerItem = 256;
 
-__device__ inline bool is_expert_major(const HtCombineArgs& args) {
+EP_HOST_DEVICE bool is_expert_major(const HtCombineArgs& args) {
   return static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor;
 }
 
@@ -91,52 +91,29 @@ __device__ __forceinline__ void add_rows(typename Element::Acc (&sum)[Element::k
     if (row < count) Element::add(sum, parts[row]);
 }
 
-/// Adds the biases to the sum of vector `i` of a token and writes it.
+/// Adds the biases at vector `i` behind byte `begin` of the result.
 template <typename Element>
-__device__ __forceinline__ void finish_sum(const HtCombineArgs& args, int64_t token, int i,
+__device__ __forceinline__ void add_biases(const HtCombineArgs& args, int64_t begin, int i,
                                            typename Element::Acc (&sum)[Element::kPerVector]) {
-  const int64_t begin = token * args.sizes.row_bytes;
 #pragma unroll
   for (int bias = 0; bias < 2; ++bias)
     if (args.bias[bias])
       Element::add(sum, load_once(reinterpret_cast<const uint4*>(args.bias[bias] + begin) + i));
-  store_once(reinterpret_cast<uint4*>(args.out + begin) + i, Element::store(sum));
 }
 
-/// Loads under way at once are kVectors vectors of kRowsAtOnce / kVectors rows: the fewer rows a
-/// token can have, the more vectors of each, since bytes under way hide the latency of a link. A
-/// token has more rows only if kVectors is 1.
-template <typename Element, int kVectors>
+/// Writes the sums of an item. A lane has the vectors of kRowsAtOnce rows under way at a time.
+template <typename Element>
 __device__ void reduce_item(const HtCombineArgs& args, const Item& item, const uint4* const* list,
                             int count) {
-  constexpr int kRows = kRowsAtOnce / kVectors;
+  const int64_t begin = item.token * args.sizes.row_bytes;
 #pragma unroll 1
   for (int i = item.first + static_cast<int>(threadIdx.x) % kWarpSize; i < item.end;
-       i += kVectors * kWarpSize) {
+       i += kWarpSize) {
     typename Element::Acc sum[Element::kPerVector] = {};
-    if constexpr (kVectors == 1) {
-      for (int first = 0; first < count; first += kRows)
-        add_rows<Element>(sum, list + first, count - first, i);
-      finish_sum<Element>(args, item.token, i, sum);
-    } else {
-      uint4 parts[kVectors][kRows];
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v)
-#pragma unroll
-        for (int row = 0; row < kRows; ++row)
-          if (row < count && i + v * kWarpSize < item.end)
-            parts[v][row] = load_once(list[row] + i + v * kWarpSize);
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        if (i + v * kWarpSize >= item.end) return;
-#pragma unroll
-        for (auto& value : sum) value = 0;
-#pragma unroll
-        for (int row = 0; row < kRows; ++row)
-          if (row < count) Element::add(sum, parts[v][row]);
-        finish_sum<Element>(args, item.token, i + v * kWarpSize, sum);
-      }
-    }
+    for (int first = 0; first < count; first += kRowsAtOnce)
+      add_rows<Element>(sum, list + first, count - first, i);
+    add_biases<Element>(args, begin, i, sum);
+    store_once(reinterpret_cast<uint4*>(args.out + begin) + i, Element::store(sum));
   }
 }
 

@@ -4,7 +4,8 @@
 //                        read them from their ranks, add, add biases, round     reduce_item
 //                        weights of the choices                                 collect_weights
 //
-// These are in cuda/combine_rows.cuh.
+// These are in cuda/combine_rows.cuh. Tokens of few rows, the usual case, take another way to the
+// same sums, through shared memory (cuda/combine_staged.cuh).
 
 #include <algorithm>
 
@@ -12,6 +13,7 @@
 #include "core/types.h"
 #include "cuda/check_cuda.h"
 #include "cuda/combine_rows.cuh"
+#include "cuda/combine_staged.cuh"
 #include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/elements.cuh"
 #include "cuda/device/work.cuh"
@@ -45,7 +47,7 @@ struct Sources {
   }
 };
 
-template <typename Element, int kVectors>
+template <typename Element>
 __device__ void reduce_tokens(const DeviceGroup& group, const HtCombineArgs& args) {
   extern __shared__ const uint4* shared_lists[];
   __shared__ Sources from;
@@ -67,32 +69,45 @@ __device__ void reduce_tokens(const DeviceGroup& group, const HtCombineArgs& arg
       asked = queue.ask();
       next = load_choice(args, after / items_per_row, lane);
     }
-    reduce_item<Element, kVectors>(args, item, list, count);
+    reduce_item<Element>(args, item, list, count);
     if (args.out_topk_weights && item.first == 0) collect_weights(args, from, item.token);
     __syncwarp();
   }
 }
 
-template <typename Element, int kVectors>
+template <typename Element>
 __global__ void __launch_bounds__(kNumThreads, 1)
     reduce_kernel(const __grid_constant__ DeviceGroup group,
                   const __grid_constant__ HtCombineArgs args, CallRecord* record) {
   wait_for_kernel_before();
   if (is_running(group)) {
     if (blockIdx.x == 0 && threadIdx.x == 0) stamp(group, kStampMoving);
-    reduce_tokens<Element, kVectors>(group, args);
+    reduce_tokens<Element>(group, args);
   }
   if (is_last_block(group)) finish(group, record);
 }
 
-template <typename Element, int kVectors>
-void launch(const DeviceGroup& group, const HtCombineArgs& args, CallRecord* record,
+template <typename Element, int kRows>
+__global__ void __launch_bounds__(kStagedWarps* kWarpSize, 1)
+    staged_reduce_kernel(const __grid_constant__ DeviceGroup group,
+                         const __grid_constant__ HtCombineArgs args, CallRecord* record) {
+  wait_for_kernel_before();
+  if (is_running(group)) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) stamp(group, kStampMoving);
+    __shared__ Sources from;
+    from.fill(group, args);
+    reduce_staged<Element, kRows>(args, from, WorkQueue{&group.state->next_item});
+  }
+  if (is_last_block(group)) finish(group, record);
+}
+
+/// One block per SM, each with as many warps as have room in `max_bytes` of shared memory.
+template <typename... Parameters>
+void launch(void (*kernel)(Parameters...), int max_warps, int warp_bytes, int max_bytes,
+            const DeviceGroup& group, const HtCombineArgs& args, CallRecord* record,
             cudaStream_t stream) {
-  constexpr int kMaxShared = 160 << 10;
-  const auto kernel = reduce_kernel<Element, kVectors>;
-  const int list_bytes = static_cast<int>(sizeof(uint4*)) * std::max(1, args.sizes.num_topk);
-  const int num_warps = std::clamp(kMaxShared / list_bytes, 1, kNumWarps);
-  const int shared_bytes = num_warps * list_bytes;
+  const int num_warps = std::clamp(max_bytes / warp_bytes, 1, max_warps);
+  const int shared_bytes = num_warps * warp_bytes;
   EP_CHECK_CUDA(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   const int num_blocks = args.sizes.num_tokens > 0 ? args.sizes.num_threads : 1;
@@ -100,15 +115,28 @@ void launch(const DeviceGroup& group, const HtCombineArgs& args, CallRecord* rec
                record);
 }
 
-/// Takes the variant for the most rows that a token can have.
+template <typename Element, int kRows>
+void launch_staged(const DeviceGroup& group, const HtCombineArgs& args, CallRecord* record,
+                   cudaStream_t stream) {
+  const int max_bytes = max_shared_bytes() - static_cast<int>(sizeof(Sources)) - 1024;
+  launch(staged_reduce_kernel<Element, kRows>, kStagedWarps, kStagedWarpBytes, max_bytes, group,
+         args, record, stream);
+}
+
+/// Takes the way for the most rows that a token can have.
 template <typename Element>
 void launch(const DeviceGroup& group, const HtCombineArgs& args, CallRecord* record,
             cudaStream_t stream) {
-  const bool by_expert = static_cast<Layout>(args.sizes.layout) == Layout::kExpertMajor;
-  const int max_rows = std::min(args.sizes.num_topk, by_expert ? INT32_MAX : group.num_ranks);
-  if (max_rows <= kRowsAtOnce / 4) return launch<Element, 4>(group, args, record, stream);
-  if (max_rows <= kRowsAtOnce / 2) return launch<Element, 2>(group, args, record, stream);
-  return launch<Element, 1>(group, args, record, stream);
+  const int num_topk = args.sizes.num_topk;
+  const int max_rows = is_expert_major(args) ? num_topk : std::min(num_topk, group.num_ranks);
+  if (num_topk <= kWarpSize && max_rows <= kMaxStagedRows) {
+    if (max_rows <= 2) return launch_staged<Element, 2>(group, args, record, stream);
+    if (max_rows <= 4) return launch_staged<Element, 4>(group, args, record, stream);
+    return launch_staged<Element, 8>(group, args, record, stream);
+  }
+  constexpr int kMaxListBytes = 160 << 10;
+  const int list_bytes = static_cast<int>(sizeof(uint4*)) * std::max(1, num_topk);
+  launch(reduce_kernel<Element>, kNumWarps, list_bytes, kMaxListBytes, group, args, record, stream);
 }
 
 }  // namespace

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kNumThreads)
     const Item item(args, per_row, i);
     const Choice own = load_choice(args, item.token, lane);
     const int count = list_rows(args, from, item.token, own, list);
-    reduce_item<Element, 1>(args, item, list, count);
+    reduce_item<Element>(args, item, list, count);
     if (args.out_topk_weights && item.first == 0) collect_weights(args, from, item.token);
     __syncwarp();  // the list is read
   }
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kNumThreads)
     Item item(combine, per_row, i);
     item.token += args.first_token;
     const int count = list_sums(args, sums, item.token, list);
-    reduce_item<Element, 1>(combine, item, list.rows, count);
+    reduce_item<Element>(combine, item, list.rows, count);
     if (args.out_topk_weights && item.first == 0) merge_weights(args, list, count, item.token);
     __syncwarp();  // the list is read
   }

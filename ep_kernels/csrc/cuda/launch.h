@@ -22,6 +22,18 @@ inline bool has_sm90_features() {
   return has_them = major >= 9;
 }
 
+/// Shared memory that a block can have on the current device.
+inline int max_shared_bytes() {
+  thread_local int known_device = -1, num_bytes = 0;
+  int device = 0;
+  EP_CHECK_CUDA(cudaGetDevice(&device));
+  if (device == known_device) return num_bytes;
+  EP_CHECK_CUDA(
+      cudaDeviceGetAttribute(&num_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  known_device = device;
+  return num_bytes;
+}
+
 /// Launches a kernel that may be put on the SMs while the kernel before it ends, which it has to
 /// wait for (device/dependent_launch.cuh). Devices before sm_90 launch it after that kernel.
 template <typename... Parameters, typename... Arguments>

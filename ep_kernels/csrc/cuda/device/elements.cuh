@@ -30,6 +30,24 @@ __device__ __forceinline__ void store_kept(uint32_t* p, uint32_t v) {
                : "memory");
 }
 
+/// Eight sums as four words of two 16-bit elements: pack(low, high) rounds two at once, which is
+/// several times as fast as one by one, but keeps no NaN as `round` does.
+template <typename Pack, typename Round>
+__device__ __forceinline__ uint4 pack_halves(const float (&sum)[8], Pack&& pack, Round&& round) {
+  uint32_t words[4];
+  float total = 0;  // NaN if any of them is
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    words[i] = pack(sum[2 * i], sum[2 * i + 1]);
+    total += sum[2 * i] + sum[2 * i + 1];
+  }
+  if (isnan(total)) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = round(sum[2 * i]) | round(sum[2 * i + 1]) << 16;
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
 struct BF16 {
   using Acc = float;
   static constexpr int kPerVector = 8;
@@ -44,11 +62,13 @@ struct BF16 {
   static __device__ __forceinline__ uint32_t round(float value) {
     return isnan(value) ? 0x7fc0u : __bfloat16_as_ushort(__float2bfloat16_rn(value));
   }
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    uint32_t word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+  }
   static __device__ __forceinline__ uint4 store(const float (&sum)[8]) {
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) words[i] = round(sum[2 * i]) | round(sum[2 * i + 1]) << 16;
-    return {words[0], words[1], words[2], words[3]};
+    return pack_halves(sum, pack, round);
   }
 };
 
@@ -66,11 +86,13 @@ struct FP16 {
   static __device__ __forceinline__ uint32_t round(float value) {
     return isnan(value) ? 0x7e00u : __half_as_ushort(__float2half_rn(value));
   }
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    uint32_t word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+  }
   static __device__ __forceinline__ uint4 store(const float (&sum)[8]) {
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) words[i] = round(sum[2 * i]) | round(sum[2 * i + 1]) << 16;
-    return {words[0], words[1], words[2], words[3]};
+    return pack_halves(sum, pack, round);
   }
 };
 
