@@ -184,6 +184,13 @@ class DispatchHandle:
         return self.memory.words, torch.tensor([*call, self.num_tokens, self.num_topk])
 
     @property
+    def expert_offsets(self) -> torch.Tensor | None:
+        """As in DispatchResult, but on the buffer's device in any case."""
+        from ep_kernels.config import Layout
+
+        return self.memory.expert_offsets if self.layout is Layout.EXPERT_MAJOR else None
+
+    @property
     def rank_counts(self) -> torch.Tensor:
         """[R, R] int64 on the buffer's device: tokens of the rank of the row that have a choice on
         the rank of the column, before a capacity cuts any off.

@@ -123,14 +123,16 @@ def dispatch(
         kept: what the same dispatch delivered before, to be had again without communication. The
             backward communicates.
         delivered: is given what Buffer.dispatch gave, to be kept.
-        **options: those of Buffer.dispatch except `capacity`: gradients of rows that a capacity
-            leaves unfilled would be undefined.
+        **options: those of Buffer.dispatch. NOTE: rows that a `capacity` leaves unfilled may be
+            anything, NaN too, in the result and in the gradients that reach it: what computes with
+            rows has to keep them apart, as grouped_gemm.py does by handle.expert_offsets. A row
+            that found no room adds nothing to combine()'s sum, and its gradients are zero.
 
     Returns:
         The result of Buffer.dispatch; recv_x and recv_topk_weights carry gradients.
 
     Raises:
-        TypeError: a pair of fp8 rows and scales, which have no gradient, or a capacity.
+        TypeError: a pair of fp8 rows and scales, which have no gradient.
         EPError: see Buffer.dispatch.
 
     Example:
@@ -140,8 +142,6 @@ def dispatch(
     """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x is a {type(x).__name__}: only a tensor of rows has a gradient")
-    if options.get("capacity") is not None:
-        raise TypeError(f"capacity={options['capacity']} is not supported with gradients")
     recv_x, weights, result = DispatchFunction.apply(
         x, topk_weights, topk_idx, buffer, options, kept, fp8
     )

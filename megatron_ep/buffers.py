@@ -34,6 +34,11 @@ class Options:
         pool_bytes: limit of the memory for results on this rank.
         num_local_ranks: ranks per node.
         staging_bytes: limit of the memory for rows on their way between nodes.
+        experts: of the layers, "torch" (experts.py) or "auto": those of the layer's specification.
+        capacity_factor: a dispatch has room for so many times the rows that this rank sends, which
+            is the average of what ranks get where all have as many tokens. The host then never
+            waits for a layer, and rows that find no room are lost; needs experts "torch". None:
+            room for all rows, for whose number the host waits.
         buffer_class: called as ep_kernels.Buffer is (None: that one), for instance
             ep_kernels.reference.Buffer.
     """
@@ -46,8 +51,14 @@ class Options:
     pool_bytes: int | None = None
     num_local_ranks: int | None = None
     staging_bytes: int | None = None
+    experts: str = "auto"
+    capacity_factor: float | None = None
     buffer_class: Callable[..., Any] | None = None
 
+
+_OF_LAYERS = ("num_chunks", "recompute_transfers", "fp8_dispatch", "experts", "capacity_factor")
+
+EXPERTS = ("auto", "torch")
 
 _options = Options()
 _buffers: dict[tuple[Any, int, str], Any] = {}
@@ -76,8 +87,18 @@ def configure(**changes: Any) -> Options:
             raise TypeError(f"unknown option {name!r}; the options are {', '.join(known)}")
     if "num_chunks" in changes:
         check_num_chunks(changes["num_chunks"])
+    if changes.get("experts", "auto") not in EXPERTS:
+        raise ValueError(f"experts={changes['experts']!r} is none of {', '.join(EXPERTS)}")
+    check_capacity_factor(changes.get("capacity_factor"))
     before, _options = _options, replace(_options, **changes)
     return before
+
+
+def check_capacity_factor(factor: Any) -> None:
+    """Raises ValueError unless it is a positive number or None."""
+    is_number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+    if factor is not None and not (is_number and 0 < factor < float("inf")):
+        raise ValueError(f"capacity_factor={factor!r} is neither a positive number nor None")
 
 
 def current_options() -> Options:
@@ -105,8 +126,8 @@ def get_buffer(
     if key not in _buffers:
         options = {name: value for name, value in vars(_options).items() if value is not None}
         buffer_class = options.pop("buffer_class", None)
-        for of_layers in ("num_chunks", "recompute_transfers", "fp8_dispatch"):
-            del options[of_layers]
+        for of_layers in _OF_LAYERS:
+            options.pop(of_layers, None)
         if buffer_class is None:
             from ep_kernels import Buffer as buffer_class
         buffer = buffer_class(

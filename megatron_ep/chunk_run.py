@@ -5,7 +5,7 @@ Order and streams: see overlap.py and pipeline.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,7 @@ class Run:
             if not chunks:
                 self._start_shared_experts()
             arrived.event.current_stream_wait()
+            self.layer.token_dispatcher.count_dropped(arrived)
             if sent is not None:
                 sent.append(arrived)
             with self.watch.experts():
@@ -137,14 +138,24 @@ class Run:
             "expert_alignment": dispatcher.expert_alignment,
             "async_op": True,
         }
+        if dispatcher.capacity_factor is not None:
+            # No host asks for any routing.
+            for rows, topk_idx, weights in zip(*(self._outgoing(hidden, parts[0]), *parts[1:])):
+                capacity = dispatcher.capacity(topk_idx)
+                yield buffer.dispatch(rows, topk_idx, weights, capacity=capacity, **options)
+            return
         first, *others = zip(*parts)
         handles = [route(buffer, rows, topk_idx, **options) for rows, topk_idx, _ in others]
-        outgoing: list[Any] = list(parts[0])
-        if dispatcher.sends_fp8:
-            outgoing = list(zip(*(t.tensor_split(num_chunks) for t in quantise(hidden))))
+        outgoing = self._outgoing(hidden, parts[0])
         yield buffer.dispatch(outgoing[0], *first[1:], **options)
         for rows, (_, _, weights), handle in zip(outgoing[1:], others, handles):
             yield buffer.dispatch(rows, topk_weights=weights, handle=handle, async_op=True)
+
+    def _outgoing(self, hidden: torch.Tensor, parts: Sequence[torch.Tensor]) -> list[Any]:
+        """What is sent of each chunk: its rows, or fp8 rows and scales."""
+        if not self.layer.token_dispatcher.sends_fp8:
+            return list(parts)
+        return list(zip(*(t.tensor_split(self.num_chunks) for t in quantise(hidden))))
 
     def _compute(self, arrived: Any, dtype: torch.dtype) -> Chunk:
         rows = received_rows(arrived, dtype).requires_grad_(self.is_training)
@@ -152,7 +163,7 @@ class Run:
         dispatcher = self.layer.token_dispatcher
         with torch.set_grad_enabled(self.is_training):
             output, bias = self.layer.experts(
-                rows, dispatcher.tokens_per_expert(arrived), weights.to(dispatcher.probs_dtype)
+                rows, dispatcher.groups(arrived), weights.to(dispatcher.probs_dtype)
             )
         assert bias is None, "experts apply their bias themselves"
         return Chunk(arrived.handle, rows, weights, output)

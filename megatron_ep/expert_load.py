@@ -61,6 +61,36 @@ def rank_imbalance(loads: Iterable[ExpertLoad], *, num_ranks: int) -> dict[str, 
     return values
 
 
+class DroppedRows:
+    """Counts the rows that found no room in dispatches with a capacity.
+
+    Args:
+        chunks: model chunks of this rank.
+        device: of the rows.
+    """
+
+    def __init__(self, chunks: Iterable[nn.Module], *, device: Any) -> None:
+        from megatron.core.transformer.moe.moe_layer import MoELayer
+
+        self._device = device
+        self._dispatchers: list[Any] = [
+            module.token_dispatcher
+            for chunk in chunks
+            for module in chunk.modules()
+            if isinstance(module, MoELayer)
+        ]
+
+    def report(self) -> int:
+        """Rows of all layers and ranks since the last report; collective."""
+        total = torch.zeros(1, dtype=torch.int64, device=self._device)
+        for dispatcher in self._dispatchers:
+            if dispatcher.num_dropped is not None:
+                total += dispatcher.num_dropped
+                dispatcher.num_dropped.zero_()
+        torch.distributed.all_reduce(total)
+        return int(total)
+
+
 class ExpertLoadMeter:
     """Counts what the routers of this rank choose in training passes.
 

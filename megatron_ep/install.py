@@ -7,7 +7,8 @@ what the original does.
     place                             with "deepep"
     TransformerConfig, annotation     one more choice of --moe-token-dispatcher-type
     TransformerConfig.__post_init__   checked as "alltoall", with which it shares all features
-    MoELayer.__init__                 built as "alltoall", with our class in place of Megatron's
+    MoELayer.__init__                 built as "alltoall", with our class in place of Megatron's;
+                                      with any dispatcher, experts "torch" if configured
     TransformerLayer.__init__         layernorm recompute beside a CUDA graph of dispatch_preprocess
     should_free_input                 1F1B overlap keeps the rows that the experts save
     checkpoint (Megatron's and        a layer that is recomputed in the backward takes the transfers
@@ -23,10 +24,11 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from megatron_ep.buffers import current_options
+from megatron_ep.experts import TorchGroupedMLP
 from megatron_ep.overlap import ChunkedExperts
 from megatron_ep.recompute import wrap_checkpoint
 from megatron_ep.token_dispatcher import DeepEPTokenDispatcher, graphed_parts
@@ -177,8 +179,11 @@ def _build_moe_layer(
     original: Callable[..., None], layer: Any, config: Any, *args: Any, **kwargs: Any
 ) -> None:
     """Of MoELayer.__init__: builds the stand-in's layer, with our dispatcher and, if the options
-    ask for chunks, our way through its steps.
+    ask for chunks, our way through its steps. Experts are torch's, if the options ask for those.
     """
+    options = current_options()
+    if options.experts == "torch":
+        args, kwargs = _with_torch_experts(*args, **kwargs)
     if config.moe_token_dispatcher_type != NAME:
         original(layer, config, *args, **kwargs)
         return
@@ -193,11 +198,27 @@ def _build_moe_layer(
         moe_layer.MoEAlltoAllTokenDispatcher = stand_in
     if (num_topk := _topk_of_router(layer)) is not None:
         layer.token_dispatcher.expect_topk(num_topk)
-    num_chunks = current_options().num_chunks
-    if num_chunks != 1:
-        ChunkedExperts(layer, num_chunks).install()
+    if isinstance(layer.experts, TorchGroupedMLP):
+        layer.token_dispatcher.hand_out_ends()
+    elif options.capacity_factor is not None:
+        raise ValueError(
+            f"capacity_factor={options.capacity_factor} needs experts='torch': "
+            f"{type(layer.experts).__name__} has the host know how many rows an expert gets"
+        )
+    if options.num_chunks != 1:
+        ChunkedExperts(layer, options.num_chunks).install()
     if tracer := active_tracer():
         tracer.watch_experts(layer.experts)
+
+
+def _with_torch_experts(
+    submodules: Any = None, *args: Any, **kwargs: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of MoELayer.__init__ after the config, with other experts."""
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    experts = ModuleSpec(module=TorchGroupedMLP)
+    return (replace(submodules, experts=experts), *args), kwargs
 
 
 def _topk_of_router(layer: Any) -> int | None:

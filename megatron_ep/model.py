@@ -48,6 +48,7 @@ def uses_transformer_engine(config: Config) -> bool:
             ),
             ("multi_latent_attention", config.transformer.get("multi_latent_attention", False)),
             ("moe.moe_grouped_gemm", config.moe.moe_grouped_gemm),
+            ("moe.moe_experts = 'te'", config.moe.moe_experts == "te"),
             ("moe.moe_permute_fusion", config.moe.moe_permute_fusion),
         )
         if value
@@ -80,6 +81,8 @@ def build_model(
 
     register_dispatcher(config)
     use_te = uses_transformer_engine(config)
+    if not use_te and config.moe.moe_experts == "te":
+        raise ConfigError("moe.moe_experts = 'te' needs model.transformer_impl other than 'local'")
     core_config = transformer_config(config, use_te=use_te)
     num_chunks = config.parallelism.virtual_pipeline_model_parallel_size
     stages = range(num_chunks) if num_chunks else [None]
@@ -121,8 +124,11 @@ def register_dispatcher(config: Config) -> None:
             "num_sms",
             "timeout_s",
             "pool_bytes",
+            "capacity_factor",
         )
     }
+    uses_torch = config.moe.moe_experts == "torch" or config.ep.capacity_factor is not None
+    options["experts"] = "torch" if uses_torch else "auto"
     options["buffer_class"] = None
     if config.ep.reference:
         from ep_kernels.reference import Buffer

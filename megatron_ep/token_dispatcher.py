@@ -20,6 +20,7 @@ Symbols:
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from megatron.core.utils import get_pg_rank
 from ep_kernels import CombineResult, DispatchResult, Layout
 from megatron_ep.autograd import combine, dispatch
 from megatron_ep.buffers import current_options, get_buffer
+from megatron_ep.experts import GroupEnds
 from megatron_ep.fp8_rows import check_fp8_hidden
 from megatron_ep.recompute import (
     Transfers,
@@ -64,6 +66,11 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
     Raises:
         ValueError: experts or ranks are not in the order that Megatron-Core gives them, or the
             hidden size does not suit fp8 rows, which the options ask for.
+
+    Attributes:
+        capacity_factor: as of configure(); None waits for the host to know how many rows come.
+        num_dropped: [1] int64 on the rows' device, rows that found no room here since it was last
+            set to zero; None before the first.
     """
 
     def __init__(
@@ -88,11 +95,14 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         self.sends_fp8 = options.fp8_dispatch
         if self.sends_fp8:
             check_fp8_hidden(getattr(config, "moe_latent_size", None) or config.hidden_size)
+        self.capacity_factor = options.capacity_factor
+        self.num_dropped: torch.Tensor | None = None
+        self._hands_out_ends = False
         # Between the calls of one forward; nothing that carries gradients:
         self.topk_idx: torch.Tensor | None = None
         self._hidden_shape: Any = None
         self.probs_dtype: Any = None
-        self._tokens_per_expert: Any = None
+        self._delivered: DispatchResult | None = None
         self._handle: Any = None
         self._event: Any = None
         self._kept: Transfers | None = None
@@ -138,6 +148,10 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         number, to be counted, for which the host waits.
         """
         self._num_topk = num_topk
+
+    def hand_out_ends(self) -> None:
+        """The experts take GroupEnds in place of tokens per expert, from now on."""
+        self._hands_out_ends = True
 
     def set_shared_experts(self, shared_experts: Any) -> None:
         """Has the shared experts computed while tokens travel."""
@@ -198,26 +212,31 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
             delivered=delivered,
             layout=Layout.EXPERT_MAJOR,
             expert_alignment=self.expert_alignment,
+            capacity=self.capacity(topk_idx),
             async_op=self.shared_experts is not None,
         )
         self._handle, self._event = sent.handle, sent.event
-        self._tokens_per_expert = self.tokens_per_expert(sent)
+        self._delivered = delivered[0]
         if self._kept is None and self.keeps_transfers:
             self._to_keep = topk_idx, delivered[0]
         return sent.recv_x, sent.recv_topk_weights
 
     def dispatch_postprocess(
         self, hidden_states: torch.Tensor, probs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hands the experts their rows, [L] int64 counts on the CPU, and probabilities.
+    ) -> tuple[torch.Tensor, torch.Tensor | GroupEnds, torch.Tensor]:
+        """Hands the experts their rows, [L] int64 counts on the CPU or GroupEnds, and
+        probabilities.
 
         With padding for quantisation, the padding rows (zeros) are counted.
         """
         if self.shared_experts is not None:
             self.shared_experts.linear_fc1_forward_and_act(hidden_states)
             self._event.current_stream_wait()
-        tokens_per_expert, self._tokens_per_expert = self._tokens_per_expert, None
-        return hidden_states, tokens_per_expert, probs.to(self.probs_dtype)
+        delivered, self._delivered = self._delivered, None
+        assert delivered is not None, "token_dispatch() comes first"
+        if self._kept is None:
+            self.count_dropped(delivered)
+        return hidden_states, self.groups(delivered), probs.to(self.probs_dtype)
 
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Nothing to do: rows go back from where the experts left them."""
@@ -272,8 +291,35 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         """Keeps the transfers for the same forward again."""
         keep(Transfers(owner=self, topk_idx=topk_idx, sent=sent, combined=combined))
 
-    def tokens_per_expert(self, sent: DispatchResult) -> torch.Tensor:
-        """[L] int64: rows of each local expert, with padding."""
+    def capacity(self, topk_idx: torch.Tensor) -> int | None:
+        """Rows that a dispatch of this routing has room for; None: for all that come."""
+        if self.capacity_factor is None:
+            return None
+        padding = self.num_local_experts * (self.expert_alignment - 1)
+        return math.ceil(self.capacity_factor * topk_idx.numel()) + padding
+
+    def count_dropped(self, sent: DispatchResult) -> None:
+        """Adds the rows that found no room; the current stream has waited for the dispatch."""
+        if self.capacity_factor is None:
+            return
+        if self.num_dropped is None:
+            self.num_dropped = torch.zeros_like(sent.num_overflow)
+        self.num_dropped += sent.num_overflow
+
+    def groups(self, sent: DispatchResult) -> torch.Tensor | GroupEnds:
+        """The rows of each local expert, with padding: [L] int64, or where they end.
+
+        With ends the current stream has waited for the dispatch, and no host has.
+        """
+        if not self._hands_out_ends:
+            return self._tokens_per_expert(sent)
+        offsets = sent.handle.expert_offsets
+        assert offsets is not None
+        if self.capacity_factor is not None:  # offsets are those of all rows that were to come
+            offsets = offsets.clamp(max=len(sent.recv_x))
+        return GroupEnds(offsets[1:].to(torch.int32))
+
+    def _tokens_per_expert(self, sent: DispatchResult) -> torch.Tensor:
         if self.expert_alignment > 1:
             assert sent.expert_offsets is not None
             return sent.expert_offsets.diff()

@@ -25,7 +25,7 @@ from torch import nn
 from megatron_ep.checkpoint import Progress, load_checkpoint, save_checkpoint
 from megatron_ep.config import Config
 from megatron_ep.data import Batch, Datasets, make_iterator
-from megatron_ep.expert_load import ExpertLoadMeter, rank_imbalance
+from megatron_ep.expert_load import DroppedRows, ExpertLoadMeter, rank_imbalance
 from megatron_ep.metrics import Reporter
 from megatron_ep.model import unwrap
 from megatron_ep.optim import build_optimizer, build_scheduler
@@ -100,6 +100,9 @@ class Trainer:
         loaded = load_checkpoint(config, chunks, self.optimizer, self.scheduler)
         self.progress = loaded or Progress()
         self.load_meter = self._make_load_meter()
+        self.dropped_rows: DroppedRows | None = None
+        if config.ep.capacity_factor is not None and config.moe.num_experts is not None:
+            self.dropped_rows = DroppedRows(chunks, device=ranks.device)
         self.reporter = Reporter(config, rank=ranks.rank, iteration=self.progress.iteration)
         self._signal_received = False
         self._saved_iteration = self.progress.iteration if loaded else -1
@@ -304,6 +307,8 @@ class Trainer:
             values["loss_scale"] = float(self.optimizer.get_loss_scale())
             values["skipped_steps"] = interval.num_skipped
         values |= self._aux_losses(len(interval.losses))
+        if self.dropped_rows is not None:
+            values["dropped_rows"] = self.dropped_rows.report()
         loads = self.load_meter.report() if self.load_meter is not None else []
         num_ranks = self.config.parallelism.expert_model_parallel_size
         if self.ranks.rank == 0 and num_ranks > 1:

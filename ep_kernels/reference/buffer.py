@@ -40,6 +40,10 @@ class Handle:
     rows: list[spec.RecvRows]
 
     @property
+    def expert_offsets(self) -> torch.Tensor | None:
+        return self.rows[self.buffer.rank].expert_offsets
+
+    @property
     def rank_counts(self) -> torch.Tensor:
         layouts = [spec.get_dispatch_layout(idx, self.buffer.placement) for idx in self.topk_idxs]
         return torch.stack([layout.num_tokens_per_rank for layout in layouts]).long()

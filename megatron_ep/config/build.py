@@ -44,6 +44,7 @@ def transformer_config(config: Config, *, use_te: bool) -> Any:
         settings |= {name: given[name] for name in given.keys() & fields}
     settings |= {
         "num_moe_experts": config.moe.num_experts,
+        "moe_grouped_gemm": config.moe.moe_grouped_gemm or config.moe.moe_experts == "te",
         "sequence_parallel": uses_sequence_parallel(config),
         "activation_func": activation,
         "gated_linear_unit": is_gated,

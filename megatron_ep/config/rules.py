@@ -57,6 +57,22 @@ def _ep_rules(config: Config) -> Iterator[str]:
     is_ours = config.moe.moe_token_dispatcher_type == "deepep" and config.moe.num_experts
     if config.logging.trace is not None and not is_ours:
         yield "logging.trace needs moe.moe_token_dispatcher_type = deepep, whose transfers it shows"
+    experts, is_grouped = config.moe.moe_experts, config.moe.moe_grouped_gemm
+    if experts in ("sequential", "torch") and is_grouped:
+        yield f"moe.moe_experts = {experts} and moe.moe_grouped_gemm are two kinds of experts"
+    if experts == "torch" and not is_ours:
+        yield "moe.moe_experts = torch needs moe.moe_token_dispatcher_type = deepep"
+    has_capacity = config.ep.capacity_factor is not None
+    if has_capacity and (experts in ("sequential", "te") or is_grouped):
+        yield (
+            "ep.capacity_factor needs moe.moe_experts = torch: other experts have the host know "
+            "how many rows they get"
+        )
+    if has_capacity and not is_ours:
+        yield "ep.capacity_factor needs moe.moe_token_dispatcher_type = deepep"
+    uses_torch = experts == "torch" or has_capacity
+    if is_ours and uses_torch and config.model.add_bias_linear:
+        yield "moe.moe_experts = torch has no biases: model.add_bias_linear must be off"
 
 
 def _expert_tp_hint(config: Config) -> str:

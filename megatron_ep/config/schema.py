@@ -175,6 +175,9 @@ class MoESection(Section):
     """Which tokens are dropped."""
     moe_grouped_gemm: bool = False
     """All experts of a rank in one GEMM; needs Transformer Engine."""
+    moe_experts: Literal["auto", "sequential", "te", "torch"] = "auto"
+    """Experts one by one, in Transformer Engine's grouped GEMM or, with deepep, in torch's; auto is
+    te with moe_grouped_gemm, torch with ep.capacity_factor, else sequential."""
     moe_permute_fusion: bool = False
     """Fused permutation in Megatron's own dispatchers; needs Transformer Engine."""
 
@@ -347,6 +350,9 @@ class EPSection(Section):
     """Where Megatron recomputes a MoE layer, communicate again in place of keeping what arrived."""
     fp8_dispatch: bool = False
     """Rows travel to the experts as fp8 (e4m3, a scale for 128 channels); gradients do not."""
+    capacity_factor: float | None = Field(default=None, gt=0)
+    """Room for rows in a dispatch, as a multiple of those that the rank sends: the host then waits
+    for no layer, and rows that find no room are lost. Room for all rows if not given."""
     reference: bool = False
     """Use ep_kernels.reference (plain PyTorch) in place of the compiled library."""
 

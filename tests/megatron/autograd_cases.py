@@ -229,10 +229,6 @@ def check_refusals(rank, backend):
     with make_buffer(backend) as buffer:
         x, topk_idx, weights, _ = make_batch(rank, num_tokens=4)
         rows = x.detach().to(torch.float8_e4m3fn), torch.ones(4, 1)
-        for arguments, options, word in (
-            ((rows, topk_idx, weights), {}, "tuple"),
-            ((x, topk_idx, weights), {"capacity": 7}, "capacity=7"),
-        ):
-            with pytest.raises(TypeError, match=word):
-                dispatch(buffer, *arguments, **options)
+        with pytest.raises(TypeError, match="tuple"):
+            dispatch(buffer, rows, topk_idx, weights)
         dispatch(buffer, x, topk_idx, weights)

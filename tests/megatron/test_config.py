@@ -140,6 +140,32 @@ def test_all_errors_are_reported_at_once():
             "moe.moe_aux_loss_coeff = 0.0 has not one entry for each of",
         ),
         (
+            {"moe": {"num_experts": 4, "moe_experts": "torch", "moe_grouped_gemm": True}},
+            "moe.moe_experts = torch and moe.moe_grouped_gemm are two kinds of experts",
+        ),
+        (
+            {
+                "moe": {
+                    "num_experts": 4,
+                    "moe_experts": "torch",
+                    "moe_token_dispatcher_type": "alltoall",
+                }
+            },
+            "moe.moe_experts = torch needs moe.moe_token_dispatcher_type = deepep",
+        ),
+        (
+            {"moe": {"num_experts": 4, "moe_experts": "te"}, "ep": {"capacity_factor": 2.0}},
+            "ep.capacity_factor needs moe.moe_experts = torch",
+        ),
+        (
+            {
+                "moe": {"num_experts": 4},
+                "ep": {"capacity_factor": 2.0},
+                "model": {"add_bias_linear": True},
+            },
+            "moe.moe_experts = torch has no biases",
+        ),
+        (
             {"moe": {"num_experts": 4, "moe_layer_freq": [0, 1]}, "model": {"num_layers": 3}},
             "moe.moe_layer_freq has 2 entries for 3 layers",
         ),

@@ -155,3 +155,23 @@ def test_settings_that_do_not_fit_end_the_run_with_a_message(programs, corpus, t
     assert "moe.num_experts = 8 is not divisible by parallelism.expert_model" in done.output
     assert "megatron_ep/pretrain.py" not in done.output  # no traceback of ours
     assert not (tmp_path / "run").exists()
+
+
+def test_experts_of_torch_train_alike(programs, corpus, output, tmp_path):
+    runs.check(runs.train(programs, corpus, tmp_path / "run", "--moe-experts", "torch"))
+    assert runs.losses(tmp_path / "run") == runs.losses(output)
+
+
+def test_rows_dropped_for_a_capacity_are_reported(programs, corpus, output, tmp_path):
+    for factor in (4, 0.5):
+        flags = ["--ep-capacity-factor", factor]
+        runs.check(runs.train(programs, corpus, tmp_path / f"{factor}", *flags))
+    dropped = [
+        [line["dropped_rows"] for line in runs.records(tmp_path / name, "train")]
+        for name in ("4", "0.5")
+    ]
+    assert not any(dropped[0])
+    assert runs.losses(tmp_path / "4") == runs.losses(output)
+    # At least half the rows find no room; on one rank of two, at most all of them.
+    total = runs.TOKENS_PER_STEP * runs.TOPK * runs.NUM_LAYERS
+    assert all(total / 2 <= number for number in dropped[1])
