@@ -3,6 +3,7 @@
 register()               makes moe_token_dispatcher_type="deepep" known to Megatron-Core
 unregister()             takes that back
 configure()              options of layers and of the buffers that they make
+capture_layer()          a MoE layer as CUDA graphs
 reset_buffers()          ends these buffers, before their process groups end
 DeepEPTokenDispatcher    the dispatcher
 dispatch, combine        the two transfers with gradients, without Megatron
@@ -18,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_ep.autograd import combine, dispatch
     from megatron_ep.buffers import Options, configure, reset_buffers
+    from megatron_ep.graphs import capture_layer
     from megatron_ep.install import register, unregister
     from megatron_ep.token_dispatcher import DeepEPTokenDispatcher
 
 _MODULES = {
     "DeepEPTokenDispatcher": "token_dispatcher",
     "Options": "buffers",
+    "capture_layer": "graphs",
     "combine": "autograd",
     "configure": "buffers",
     "dispatch": "autograd",
@@ -35,6 +38,7 @@ _MODULES = {
 __all__ = [
     "DeepEPTokenDispatcher",
     "Options",
+    "capture_layer",
     "combine",
     "configure",
     "dispatch",

@@ -56,7 +56,8 @@ class ChunkedExperts:
         self._chooser: Chooser | None = None
 
     def install(self) -> None:
-        """Puts the three methods onto the layer."""
+        """Puts the three methods onto the layer, and the number of chunks."""
+        self._layer.num_chunks = self._num_chunks
         self._layer.dispatch = self.dispatch
         self._layer.routed_experts_compute = self.routed_experts_compute
         self._layer.combine = self.combine

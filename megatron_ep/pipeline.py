@@ -51,6 +51,11 @@ class CallStream:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
 
+    def join(self) -> None:
+        """All calls were made. A CUDA graph that is being captured needs to see its streams end."""
+        if self._stream is not None and torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
     def __enter__(self) -> None:
         if self._stream is not None:
             self._scope = torch.cuda.stream(self._stream)
@@ -97,4 +102,5 @@ def run_pipeline(
         calls.follow()
         with calls:
             results.append(send_back(*computed))
+    calls.join()
     return results

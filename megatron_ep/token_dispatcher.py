@@ -135,7 +135,7 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
             raise ValueError(
                 f"CUDA graphs of {parts or 'whole layers'} would capture the token dispatcher "
                 "deepep, which reads counts on the host; capture at most moe_router and "
-                "moe_preprocess of the MoE layer"
+                "moe_preprocess of the MoE layer, or the layer by megatron_ep.capture_layer()"
             )
         if "moe_preprocess" not in parts:
             return None
@@ -148,6 +148,11 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         number, to be counted, for which the host waits.
         """
         self._num_topk = num_topk
+
+    @property
+    def knows_topk(self) -> bool:
+        """Whether a token's number of experts needs no counting."""
+        return self._num_topk is not None
 
     def hand_out_ends(self) -> None:
         """The experts take GroupEnds in place of tokens per expert, from now on."""

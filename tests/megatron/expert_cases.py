@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,10 +15,11 @@ import torch
 import torch.distributed as dist
 from moe_layers import Case, Grid
 from rank_devices import rank_device
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import megatron_ep
 from megatron_ep import grouped_gemm
-from megatron_ep.experts import TorchGroupedMLP, weights_of
+from megatron_ep.experts import GroupEnds, TorchGroupedMLP, weights_of
 
 
 @contextlib.contextmanager
@@ -131,6 +133,25 @@ def compare_capacity(rank: int, grid: Grid, case: Case, factor: float, num_chunk
     return [layers.compare(rank, expected, actual)], num_dropped
 
 
+@contextlib.contextmanager
+def groups_end_within_rows() -> Iterator[None]:
+    """The loop of the CPU would not mind, a kernel would read past the end."""
+    multiply, sum_up = grouped_gemm._rows_times, grouped_gemm._sums_of_products
+
+    def checked(function: Any) -> Any:
+        def call(x: torch.Tensor, other: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+            assert ends.max() <= len(x)
+            return function(x, other, ends)
+
+        return call
+
+    with (
+        mock.patch.object(grouped_gemm, "_rows_times", checked(multiply)),
+        mock.patch.object(grouped_gemm, "_sums_of_products", checked(sum_up)),
+    ):
+        yield
+
+
 def drop_rows(rank: int, case: Case, factor: float) -> tuple[int, list[int]]:
     """With too small a capacity the layer computes what it does if choices without room are none.
 
@@ -150,7 +171,7 @@ def drop_rows(rank: int, case: Case, factor: float) -> tuple[int, list[int]]:
             served.append(combine(x, handle, topk_weights=ones).topk_weights)
             return result
 
-        with mock.patch.object(buffer, "combine", combined):
+        with mock.patch.object(buffer, "combine", combined), groups_end_within_rows():
             tensors = run(rank, layer, case)
         num_dropped = [int(layer.token_dispatcher.num_dropped)]
         is_served = served[0] > 0
@@ -238,6 +259,35 @@ def _on_device(rank: int, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     shape = 12, 2, layers.HIDDEN
     hidden, grad = (torch.randn(shape, device=rank_device(), dtype=case.dtype) for _ in range(2))
     return hidden.requires_grad_(), grad
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that torch is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        self.counts[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def count_operators(rank: int) -> list[Counter[str]]:
+    """Of forward and backward of 4 and of 32 experts."""
+    counts = []
+    with layers.megatron(Grid()):
+        for num_experts in (4, 32):
+            case = Case(num_experts=num_experts, dtype=torch.float32)
+            experts = make_layer(case, Grid(), "deepep", "torch").experts
+            rows, probs = torch.randn(64, layers.HIDDEN, requires_grad=True), torch.ones(64)
+            ends = torch.arange(1, num_experts + 1, dtype=torch.int32)
+            output, _ = experts(rows, GroupEnds(ends), probs)
+            with Operators() as operators:
+                output, _ = experts(rows, GroupEnds(ends), probs)
+                torch.autograd.grad(output.sum(), [rows, *experts.parameters()])
+            counts.append(operators.counts)
+    return counts
 
 
 # What cannot be
@@ -337,3 +387,135 @@ def check_main_grads(rank: int, fused: bool, num_chunks: int) -> None:
         for want, got in zip(judge.experts.parameters(), layer.experts.parameters()):
             torch.testing.assert_close(got.main_grad, want.grad, rtol=1e-12, atol=1e-12)
             assert got.grad_added_to_main_grad == fused
+
+
+# CUDA graphs
+
+
+def replay_and_compare(rank: int, num_chunks: int) -> list[int]:
+    """A captured layer beside an eager one, on new inputs each time; rows that they dropped."""
+    from megatron_ep import capture_layer
+
+    case = Case(num_experts=8, topk=2, dtype=torch.bfloat16, seq_length=(48,))
+    options = dict(num_chunks=num_chunks, capacity_factor=1.02)
+    with layers.megatron(Grid(ep=dist.get_world_size())):
+        eager, replayed = (
+            make_layer(case, Grid(ep=dist.get_world_size()), "deepep", "torch", **options)
+            for _ in range(2)
+        )
+        capture_layer(replayed, layers.make_input(rank, case)[0])
+        for layer in (eager, replayed):
+            if layer.token_dispatcher.num_dropped is not None:
+                layer.token_dispatcher.num_dropped.zero_()
+        outputs = []
+        for batch in range(6):
+            results = []
+            for layer in (eager, replayed):
+                if batch % 3 == 0:  # otherwise gradients add up
+                    layer.zero_grad()
+                hidden, grad = layers.make_input(rank, case, micro_batch=batch)
+                output, _ = layer(hidden)
+                output.backward(grad)
+                of_inputs = {"output": output.detach(), "input.grad": hidden.grad}
+                outputs.append(output.detach())
+                grads = layers.parameter_grads(layer)
+                results.append(of_inputs | {name: one.clone() for name, one in grads.items()})
+            for name, want in results[0].items():
+                assert torch.equal(want, results[1][name]), f"batch {batch}: {name}"
+        with torch.no_grad():
+            hidden, _ = layers.make_input(rank, case, micro_batch=100)
+            assert torch.equal(eager(hidden)[0], replayed(hidden)[0])
+        for want, got in zip(outputs[::2], outputs[1::2]):
+            assert torch.equal(want, got), "a later replay has written to an output"
+        num_dropped = [int(one.token_dispatcher.num_dropped) for one in (eager, replayed)]
+        first, _ = replayed(layers.make_input(rank, case)[0])
+        second, grad = replayed(layers.make_input(rank, case)[0])[0], torch.ones_like(first)
+        with pytest.raises(RuntimeError, match="after a later forward"):
+            first.backward(grad)
+        second.backward(grad)
+        with pytest.raises(ValueError, match="the layer was captured for"):
+            replayed(torch.ones(3, 2, layers.HIDDEN, dtype=case.dtype, device=rank_device()))
+        if rank_device().type == "cuda":
+            torch.cuda.synchronize()
+    return num_dropped
+
+
+class RunsAgain:
+    """In place of a CUDA graph: a replay computes again what was captured, into the same memory."""
+
+    def __init__(self) -> None:
+        self.captured: list[Any] = []
+
+    def replay(self) -> None:
+        for function, memory in self.captured:
+            results = function()
+            for one, result in zip(memory, results):
+                if result is not None:
+                    one.detach().copy_(result.detach())
+
+
+@contextlib.contextmanager
+def graphs_run_again() -> Iterator[None]:
+    """Has a capture on the CPU; what graphs.py asks of a GPU is answered."""
+    from megatron_ep import graphs
+
+    capture, state = graphs._capture, {}
+
+    @contextlib.contextmanager
+    def capturing(graph: RunsAgain, **_: Any) -> Iterator[None]:
+        state["graph"] = graph
+        yield
+        state["graph"] = None
+
+    def captured(function: Any, parameters: Any, hidden: Any) -> Any:
+        def noted(inputs: torch.Tensor) -> Any:
+            output, bias = function(inputs)
+            if graph := state.get("graph"):
+
+                def again() -> tuple[torch.Tensor]:
+                    with torch.enable_grad():
+                        state["output"], _ = function(inputs)
+                    return (state["output"],)
+
+                graph.captured.append((again, (output,)))
+            return output, bias
+
+        return capture(noted, parameters, hidden)
+
+    differentiate = torch.autograd.grad
+
+    def differentiated(output: Any, inputs: Any, grad: Any = None, **options: Any) -> Any:
+        grads = differentiate(output, inputs, grad, **options)
+        if graph := state.get("graph"):
+            again = lambda: differentiate(state["output"], inputs, grad, **options)  # noqa: E731
+            graph.captured.append((again, grads))
+        return grads
+
+    stand_in = mock.Mock(wraps=torch)
+    stand_in.cuda = mock.Mock(
+        CUDAGraph=RunsAgain, graph=capturing, stream=lambda _: contextlib.nullcontext()
+    )
+    stand_in.autograd.grad = differentiated
+    with (
+        mock.patch.object(graphs, "torch", stand_in),
+        mock.patch.object(graphs, "_capture", captured),
+        mock.patch.object(graphs, "_check"),
+    ):
+        yield
+
+
+def replay_on_the_cpu(rank: int) -> list[int]:
+    with graphs_run_again():
+        return replay_and_compare(rank, 1)
+
+
+def check_capture_refusals(rank: int) -> None:
+    from megatron_ep import capture_layer
+
+    with layers.megatron(Grid(ep=2)):
+        layer = make_layer(Case(), Grid(ep=2), "deepep", "auto", num_chunks="auto").eval()
+        with pytest.raises(ValueError, match="cannot be captured") as caught:
+            capture_layer(layer, torch.zeros(1, 1, layers.HIDDEN))
+    for word in ("on cpu", "eval mode", "no capacity_factor", "other than 'torch'", "'auto'"):
+        assert word in str(caught.value)
+    dist.barrier()

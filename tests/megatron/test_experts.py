@@ -119,6 +119,13 @@ def test_a_recomputed_forward_drops_the_same_rows_once(ranks):
     ranks.run(cases.check_recomputation_counts_once)
 
 
+@pytest.mark.parametrize("num_ranks", [1])
+def test_the_number_of_experts_adds_no_operator(ranks, num_ranks):
+    ((few, many),) = ranks.run(cases.count_operators)
+    assert few == many
+    assert few["_grouped_mm"] == 6
+
+
 @pytest.mark.over_devices
 @both_chunks
 def test_with_a_capacity_the_host_reads_nothing(ranks, device, num_chunks):
@@ -127,6 +134,52 @@ def test_with_a_capacity_the_host_reads_nothing(ranks, device, num_chunks):
 
 def test_what_cannot_be_is_refused(ranks):
     ranks.run(cases.check_refusals)
+
+
+# On GPUs
+
+
+def on_gpus(function):
+    return pytest.mark.gpu(1)(pytest.mark.parametrize("device", ["cuda"])(function))
+
+
+@on_gpus
+@pytest.mark.parametrize("dispatcher", ["deepep", "alltoall"])
+def test_experts_agree_with_sequential_experts_on_gpus(ranks, device, dispatcher):
+    of_cases = [
+        Case(num_experts=e, topk=k, dtype=torch.bfloat16, seq_length=n)
+        for e, k, n in ((4, 2, (12,)), (8, 4, (100, 7)), (16, 1, (1, 1)))
+    ]
+    check(ranks, Grid(ep=2), of_cases, dispatcher=dispatcher)
+
+
+@on_gpus
+@both_chunks
+def test_a_capacity_changes_no_bit_on_gpus(ranks, device, num_chunks):
+    case = Case(num_experts=8, topk=4, dtype=torch.bfloat16)
+    arguments = Grid(ep=2), case, 4.0, num_chunks
+    for differences, num_dropped in ranks.run(cases.compare_capacity, *arguments):
+        assert all(one.is_bitwise for one in differences[0])
+        assert num_dropped == 0
+
+
+@on_gpus
+@both_chunks
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_captured_layer_replays_with_new_inputs(ranks, device, num_ranks, num_chunks):
+    by_rank = ranks.run(cases.replay_and_compare, num_chunks)
+    assert all(eager == replayed for eager, replayed in by_rank)
+    assert num_ranks == 1 or sum(eager for eager, _ in by_rank) > 0
+
+
+def test_a_captured_layer_hands_its_memory_in_and_out(ranks):
+    by_rank = ranks.run(cases.replay_on_the_cpu)
+    assert all(eager == replayed for eager, replayed in by_rank)
+    assert sum(eager for eager, _ in by_rank) > 0
+
+
+def test_what_cannot_be_captured_is_refused(ranks):
+    ranks.run(cases.check_capture_refusals)
 
 
 # The GEMM alone
