@@ -3,10 +3,20 @@
     torchrun --standalone --nproc-per-node 2 -m megatron_ep.bench
 
 All layers run in turn, again and again; a time is that of the slowest rank, on GPUs by events on
-the stream that calls the layer. `deepep/2` cuts the tokens into 2 chunks (see overlap.py),
-`deepep+fp8` sends fp8 rows. Every layer is first compared with the first one. Ranks may share a
+the stream that calls the layer. Every layer is first compared with the first one. Ranks may share a
 GPU, under MPS (scripts/with_mps.sh); the other dispatchers' collectives are gloo's then, through
 the host's memory.
+
+What a dispatcher's name may have behind it:
+
+    /2              tokens in 2 chunks (overlap.py)
+    +te, +torch, +sequential    experts: Transformer Engine's or torch's grouped GEMM, one by one;
+                    for a fair comparison give every dispatcher those with which it is fastest
+    +fused          of Megatron's dispatchers: permutation by Transformer Engine's kernels
+    +fp8            fp8 rows
+    +capacity1.5    room for 1.5 times the average of rows, and no host that waits; with +torch only
+    +graph          forward and backward replayed as CUDA graphs (graphs.py); with a capacity only,
+                    and not in the pass "forward"
 
 --overlap, --profile and --trace look at each deepep more closely, after the times are taken (see
 bench_overlap.py, bench_profile.py).
@@ -26,7 +36,7 @@ import torch.distributed as dist
 
 from ep_kernels.bench.timing import Stats, summarise, time_op
 from megatron_ep.bench_layer import DTYPES, PASSES, Variant, make_variants, parse_variant
-from megatron_ep.bench_overlap import balance, report_overlap
+from megatron_ep.bench_overlap import balance, can_be_watched, report_overlap
 from megatron_ep.bench_profile import per_chunk, profile_pass
 
 MAX_ERROR, MAX_ERROR_FP8 = 0.02, 0.1
@@ -41,7 +51,7 @@ def check_agreement(variants: dict[str, Variant]) -> None:
         for other in others:
             got = variants[other].passes[name]().double()
             error = (got - want).norm() / want.norm()
-            is_fp8 = any(parse_variant(one)[1]["fp8_dispatch"] for one in (first, other))
+            is_fp8 = any(parse_variant(one).options["fp8_dispatch"] for one in (first, other))
             bound = MAX_ERROR_FP8 if is_fp8 else MAX_ERROR
             assert error < bound, f"{name}: {other} differs from {first} by {error:.3g}"
 
@@ -88,7 +98,7 @@ def profile(
     """Prints where the host's time goes under deepep, and what a chunk more adds; of rank 0."""
     whole: dict[str, Any] | None = None
     for name, variant in variants.items():
-        if parse_variant(name)[0] != "deepep":
+        if not can_be_watched(name):
             continue
         op, layer = variant.passes[PASSES[-1]], variant.layer
         found = profile_pass(op, layer, device, iterations=options.iterations)
@@ -101,18 +111,23 @@ def profile(
             sys.stdout.write(json.dumps(line, default=float) + "\n")
 
 
-def report(results: dict[str, dict[str, Stats]]) -> None:
+def report(results: dict[str, dict[str, Stats]], dropped_rows: dict[str, int | None]) -> None:
     """A table on standard output; ratios are to the first variant."""
     first = next(iter(results))
-    sys.stdout.write(f"{'pass':20}{'dispatcher':14}{'median ms':>10}{'p95 ms':>10}{'speed':>8}\n")
+    width = max(14, *(len(name) + 1 for name in results))
+    sys.stdout.write(
+        f"{'pass':20}{'dispatcher':{width}}{'median ms':>10}{'p95 ms':>10}{'speed':>8}\n"
+    )
     for name in PASSES:
         for variant, stats in results.items():
             median, p95 = stats[name].median, stats[name].p95
             ratio = results[first][name].median / median
             times = f"{median * 1e3:10.2f}{p95 * 1e3:10.2f}{ratio:7.2f}x"
-            sys.stdout.write(f"{name:20}{variant:14}{times}\n")
+            sys.stdout.write(f"{name:20}{variant:{width}}{times}\n")
     for variant, stats in results.items():
-        line = {name: vars(stats[name]) for name in PASSES}
+        line: dict[str, Any] = {name: vars(stats[name]) for name in PASSES}
+        if dropped_rows[variant] is not None:
+            line["dropped_rows"] = dropped_rows[variant]
         sys.stdout.write(json.dumps({"dispatcher": variant, **line}) + "\n")
 
 
@@ -128,7 +143,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--topk", type=int, default=8, help="(8)")
     parser.add_argument("--experts", type=int, default=64, help="in total (64)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="(bf16)")
-    parser.add_argument("--te", action="store_true", help="Transformer Engine's grouped GEMM")
+    parser.add_argument(
+        "--te", action="store_true", help="experts are +te where a dispatcher's name says nothing"
+    )
     parser.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="(cuda if there is one)"
     )
@@ -160,9 +177,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dispatchers",
         nargs="+",
-        metavar="TYPE[+fp8][/CHUNKS]",
+        metavar="TYPE[+WORD...][/CHUNKS]",
         default=["alltoall", "deepep", "deepep/2", "deepep/4"],
-        help="the first one is what the others are compared with",
+        help="see above; the first one is what the others are compared with",
     )
     return parser.parse_args(arguments)
 
@@ -176,8 +193,9 @@ def run(options: argparse.Namespace, device: torch.device) -> None:
     variants = make_variants(options, options.dispatchers, device)
     check_agreement(variants)
     results = measure(options, variants, device)
+    dropped_rows = {name: variant.dropped_rows() for name, variant in variants.items()}
     if dist.get_rank() == 0:
-        report(results)
+        report(results, dropped_rows)
     if options.profile:
         profile(options, variants, device)
     del variants

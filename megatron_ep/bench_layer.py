@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,66 @@ PASSES = ("forward", "forward + backward")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+EXPERTS = ("sequential", "te", "torch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What a variant is.
+
+    Attributes:
+        experts: one of EXPERTS; None: the benchmark's default.
+        options: of megatron_ep.configure().
+        permutes_fused: Megatron's own dispatchers permute with Transformer Engine's kernels.
+        is_replayed: as CUDA graphs, see graphs.py.
+    """
+
+    dispatcher: str
+    experts: str | None = None
+    options: dict[str, Any]
+    permutes_fused: bool = False
+    is_replayed: bool = False
+
+
+def parse_variant(text: str) -> Kind:
+    """The kind that TYPE[+WORD...][/CHUNKS] stands for.
+
+    Example: "deepep+torch+fp8/2" is deepep with torch's experts, fp8 rows and 2 chunks.
+
+    Raises:
+        ValueError: there is no such variant.
+    """
+    name, _, chunks = text.partition("/")
+    dispatcher, *words = name.split("+")
+    options: dict[str, Any] = {
+        "num_chunks": int(chunks) if chunks.isdecimal() else chunks or 1,
+        "fp8_dispatch": "fp8" in words,
+        "capacity_factor": None,
+    }
+    experts = None
+    for word in words:
+        if word in EXPERTS:
+            experts = word
+        elif number := re.fullmatch(r"capacity(\d+\.?\d*)", word):
+            options["capacity_factor"] = float(number[1])
+        elif word not in ("fp8", "fused", "graph"):
+            raise ValueError(
+                f"{text!r}: after + there is one of {', '.join(EXPERTS)}, fp8, fused, graph, or "
+                f"capacity and a number as in capacity1.5, not {word!r}"
+            )
+    return Kind(
+        dispatcher=dispatcher,
+        experts=experts,
+        options=options,
+        permutes_fused="fused" in words,
+        is_replayed="graph" in words,
+    )
+
+
 def make_layer(options: argparse.Namespace, variant: str) -> Any:
-    """A MoE layer of a variant. Without --te its weights depend on the seed and on nothing else."""
+    """A MoE layer of a variant. Unless the experts are Transformer Engine's, its weights depend on
+    the seed and on nothing else.
+    """
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.transformer.spec_utils import build_module
@@ -24,8 +83,10 @@ def make_layer(options: argparse.Namespace, variant: str) -> Any:
 
     import megatron_ep
 
-    dispatcher, of_layer = parse_variant(variant)
-    megatron_ep.configure(**of_layer)
+    kind = parse_variant(variant)
+    experts = kind.experts or default_experts(options)
+    megatron_ep.configure(**kind.options, experts="torch" if experts == "torch" else "auto")
+    uses_te = experts == "te"
     config = TransformerConfig(
         num_layers=1,
         hidden_size=options.hidden,
@@ -33,22 +94,29 @@ def make_layer(options: argparse.Namespace, variant: str) -> Any:
         num_moe_experts=options.experts,
         moe_router_topk=options.topk,
         moe_ffn_hidden_size=options.ffn_hidden,
-        moe_token_dispatcher_type=dispatcher,
+        moe_token_dispatcher_type=kind.dispatcher,
         moe_router_load_balancing_type="none",
         expert_model_parallel_size=dist.get_world_size(),
         add_bias_linear=False,
         gated_linear_unit=True,
         bias_activation_fusion=False,
-        moe_grouped_gemm=options.te,
+        moe_grouped_gemm=uses_te,
+        moe_permute_fusion=kind.permutes_fused,
         params_dtype=DTYPES[options.dtype],
     )
     model_parallel_cuda_manual_seed(options.seed, force_reset_rng=True)
     spec = get_moe_module_spec(
-        use_te=options.te, num_experts=options.experts, moe_grouped_gemm=options.te
+        use_te=uses_te, num_experts=options.experts, moe_grouped_gemm=uses_te
     )
     layer = build_module(spec, config=config)
+    megatron_ep.configure(experts="auto", capacity_factor=None)
     layer.set_layer_number(1)
     return layer.to(DTYPES[options.dtype]).train()
+
+
+def default_experts(options: argparse.Namespace) -> str:
+    """Of variants that name none."""
+    return "te" if options.te else "sequential"
 
 
 @dataclass(frozen=True)
@@ -57,6 +125,18 @@ class Variant:
 
     layer: Any
     passes: dict[str, Callable[[], Any]]
+
+    def dropped_rows(self) -> int | None:
+        """Rows of all ranks that find no room in a forward; None without a capacity. Collective."""
+        dispatcher = self.layer.token_dispatcher
+        if getattr(dispatcher, "capacity_factor", None) is None:
+            return None
+        before = dispatcher.num_dropped.clone()
+        self.passes[PASSES[0]]()
+        dropped = (dispatcher.num_dropped - before).cpu()
+        counts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(counts, int(dropped))
+        return sum(counts)
 
 
 def make_passes(
@@ -83,6 +163,9 @@ def make_variants(
     options: argparse.Namespace, names: Sequence[str], device: torch.device
 ) -> dict[str, Variant]:
     """A layer with its passes for every name, with the same weights and on the same input."""
+    from megatron_ep.experts import weights_of
+    from megatron_ep.graphs import capture_layer
+
     generator = torch.Generator().manual_seed(options.seed + dist.get_rank())
     hidden, grad = (
         torch.randn(options.tokens, 1, options.hidden, generator=generator).to(
@@ -91,26 +174,16 @@ def make_variants(
         for _ in range(2)
     )
     layers = [make_layer(options, name) for name in names]
-    with torch.no_grad():  # a grouped GEMM of Transformer Engine draws its weights from elsewhere
+    with torch.no_grad():  # Transformer Engine draws weights from elsewhere
         for layer in layers[1:]:
-            for parameter, same in zip(layer.parameters(), layers[0].parameters(), strict=True):
-                parameter.copy_(same)
+            layer.router.weight.copy_(layers[0].router.weight)
+            pairs = zip(weights_of(layer.experts), weights_of(layers[0].experts), strict=True)
+            for weights, same in pairs:
+                for weight, other in zip(weights, same):
+                    weight.copy_(other)
+    for name, layer in zip(names, layers):
+        if parse_variant(name).is_replayed:
+            capture_layer(layer, hidden)
     return {
         name: Variant(layer, make_passes(layer, hidden, grad)) for name, layer in zip(names, layers)
     }
-
-
-def parse_variant(text: str) -> tuple[str, dict[str, Any]]:
-    """The dispatcher, and options of megatron_ep.configure().
-
-    Example: "deepep+fp8/2" -> ("deepep", {"num_chunks": 2, "fp8_dispatch": True}).
-
-    Raises:
-        ValueError: there is no such variant.
-    """
-    name, _, chunks = text.partition("/")
-    dispatcher, _, rows = name.partition("+")
-    if rows not in ("", "fp8"):
-        raise ValueError(f"{text!r}: after + there is fp8 or nothing, not {rows!r}")
-    num_chunks = int(chunks) if chunks.isdecimal() else chunks or 1
-    return dispatcher, {"num_chunks": num_chunks, "fp8_dispatch": rows == "fp8"}

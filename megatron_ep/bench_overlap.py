@@ -51,6 +51,12 @@ def trace_variant(
     return spans_of_ranks
 
 
+def can_be_watched(variant: str) -> bool:
+    """Whether the host makes the calls of the variant, and they are deepep's."""
+    kind = parse_variant(variant)
+    return kind.dispatcher == "deepep" and not kind.is_replayed
+
+
 def report_overlap(
     options: argparse.Namespace, variants: Sequence[str], device: torch.device
 ) -> None:
@@ -58,7 +64,7 @@ def report_overlap(
     the transfers is hidden; writes timelines if a file is named.
     """
     for variant in variants:
-        if parse_variant(variant)[0] != "deepep":
+        if not can_be_watched(variant):
             continue
         spans_of_ranks = trace_variant(options, variant, device)
         if dist.get_rank() != 0:
@@ -74,13 +80,15 @@ def report_overlap(
 
 
 def balance(options: argparse.Namespace, device: torch.device) -> int:
-    """A width of the experts with which they take about as long as the transfers, in one piece.
+    """A width of the experts with which they take about as long as the transfers, in one piece, in
+    the first variant of deepep.
 
     Starts from options.ffn_hidden; the same on all ranks.
     """
+    names = [name.partition("/")[0] for name in options.dispatchers if can_be_watched(name)]
     trial = argparse.Namespace(**vars(options))
     for _ in range(2):
-        spans_of_ranks = trace_variant(trial, "deepep", device)
+        spans_of_ranks = trace_variant(trial, [*names, "deepep"][0], device)
         transfers, experts = (
             statistics.median(busy_ns(spans, track) for spans in spans_of_ranks)
             for track in (TRANSFERS, EXPERTS)

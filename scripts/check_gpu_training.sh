@@ -8,7 +8,8 @@ Usage: scripts/check_gpu_training.sh [--output DIR] [--data PREFIX] [STEP ...]
 
 Runs these steps, all of them even when one fails, and prints their numbers as they come:
 
-  layer   the tests of the MoE layer, its chunks and recomputation: deepep computes what alltoall does
+  layer   the tests of the MoE layer, its chunks, recomputation, experts and CUDA graphs: deepep
+          computes what alltoall does
   fp32    trains a small MoE GPT with 2 ranks under alltoall, deepep and deepep in 2 chunks, and
           compares the losses
   bf16    the same in bf16
@@ -17,6 +18,8 @@ Runs these steps, all of them even when one fails, and prints their numbers as t
   bench4  the same with 4 ranks
   host    where the host's time goes in that layer with 4 ranks, what a chunk adds, how much is hidden;
           as it is, and with experts that take as long as the transfers
+  experts the same layer with each kind of experts, with a capacity and as CUDA graphs, under deepep
+          and under alltoall, in one piece and in chunks; how much is hidden, what a chunk adds
 
   spread  how far rounding alone moves the losses: in bf16 in 1 to 4 chunks, at the learning rate of the
           other steps and at a tenth of it; and with gradients of chunks summed in fp32
@@ -60,12 +63,12 @@ while [ $# -gt 0 ]; do
       usage
       exit 0
       ;;
-    layer | fp32 | bf16 | fp8 | bench2 | bench4 | host | spread | padding) steps+=("$1") ;;
+    layer | fp32 | bf16 | fp8 | bench2 | bench4 | host | experts | spread | padding) steps+=("$1") ;;
     *) die "unknown step or option $1 (see --help)" ;;
   esac
   shift
 done
-[ ${#steps[@]} -gt 0 ] || steps=(layer fp32 bf16 fp8 bench2 bench4 host)
+[ ${#steps[@]} -gt 0 ] || steps=(layer fp32 bf16 fp8 bench2 bench4 host experts)
 
 num_gpus=$(python -c 'import torch; print(torch.cuda.device_count())') || die "torch cannot be imported"
 [ "$num_gpus" -gt 0 ] || die "torch finds no CUDA device"
@@ -196,6 +199,17 @@ look_at_host() {
   bench host-balanced 4 --warmup 7 --balance --tokens 8192 "${flags[@]}"
 }
 
+# All are in bf16, which torch's grouped GEMM takes.
+compare_experts() {
+  local one=deepep+torch ours dispatchers=(alltoall+torch) capacity=+capacity1.5
+  [ "$has_te" = no ] || dispatchers+=(alltoall+te alltoall+te+fused deepep+te deepep+te/2 deepep+te/4)
+  for ours in $one $one$capacity; do dispatchers+=("$ours" "$ours/2" "$ours/4"); done
+  dispatchers+=("$one$capacity+graph" "$one$capacity+graph/2")
+  bench experts 4 --profile --overlap --dispatchers "${dispatchers[@]}" "$one$capacity+graph/4"
+  bench experts-balanced 4 --balance --tokens 8192 --profile --overlap \
+    --dispatchers "${dispatchers[@]}"
+}
+
 te_flags=()
 [ "$has_te" = no ] || te_flags=(--transformer-impl transformer_engine --moe-grouped-gemm)
 
@@ -204,7 +218,7 @@ for step in "${steps[@]}"; do
     layer)
       run layer python -m pytest -q -p no:cacheprovider tests/megatron/test_moe_layer.py \
         tests/megatron/test_overlap.py tests/megatron/test_trace.py \
-        tests/megatron/test_recompute.py -k "cuda and not tp2 and not tp4"
+        tests/megatron/test_recompute.py tests/megatron/test_experts.py -k "cuda and not tp2 and not tp4"
       ;;
     fp32) train_all fp32 1e-3 --transformer-impl local ;;
     bf16) train_all bf16 0.1 --precision bf16 "${te_flags[@]}" ;;
@@ -219,6 +233,7 @@ for step in "${steps[@]}"; do
     bench2) compare_dispatchers 2 ;;
     bench4) compare_dispatchers 4 ;;
     host) look_at_host ;;
+    experts) compare_experts ;;
     spread) measure_spread ;;
     padding)
       if [ "$has_te" = yes ]; then

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from megatron_ep.bench_layer import parse_variant
+
 
 def run_bench(tmp_path, *flags):
     """The JSON lines that it prints."""
@@ -30,6 +32,22 @@ def test_all_dispatchers_are_compared(tmp_path):
     lines = run_bench(tmp_path, "--dispatchers", *dispatchers)
     assert [line["dispatcher"] for line in lines] == dispatchers
     assert all(line["forward + backward"]["median"] > 0 for line in lines)
+
+
+def test_experts_and_capacity_are_part_of_a_name(tmp_path):
+    names = ["alltoall", "alltoall+torch", "deepep+torch", "deepep+torch+capacity2.5/2"]
+    names.append("deepep+torch+fp8+capacity0.99")
+    lines = run_bench(tmp_path, "--overlap", "--dispatchers", *names[:4])
+    timed = [line for line in lines if "forward" in line]
+    assert [line["dispatcher"] for line in timed] == names[:4]
+    assert [line.get("dropped_rows") for line in timed] == [None, None, None, 0]
+    watched = [line["dispatcher"] for line in lines if "hidden_of_communication" in line]
+    assert watched == names[2:4]
+    kind = parse_variant(names[-1])
+    assert kind.options == {"num_chunks": 1, "fp8_dispatch": True, "capacity_factor": 0.99}
+    for name in ("deepep+fast", "deepep+", "deepep+capacity"):
+        with pytest.raises(ValueError, match=r"after \+ there is"):
+            parse_variant(name)
 
 
 def test_a_closer_look_tells_where_time_goes(tmp_path):
