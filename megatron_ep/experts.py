@@ -1,9 +1,9 @@
-"""The experts of a rank on torch's grouped GEMM: one launch for all of them in each GEMM.
+"""The experts of a rank on torch's grouped GEMM: one call for all of them in each GEMM.
 
     experts        GEMMs of forward and backward, L local experts     the host knows group sizes
     sequential     6 L launches                                       yes
     te             6 L launches, in calls of Transformer Engine       yes
-    torch          6 launches (grouped_gemm.py)                       no: they stay on the device
+    torch          6 calls of two launches (grouped_gemm.py)          no: they stay on the device
 
 Weights lie as torch's Linear has them, those of all experts in one tensor. Checkpoints have the
 names and shapes of Megatron-Core's SequentialMLP and TEGroupedMLP, optimizer states included, so

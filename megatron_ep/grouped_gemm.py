@@ -1,8 +1,8 @@
 """One GEMM for all experts of a rank, over rows that are grouped by expert.
 
-    forward             out = x weight^T        one launch on a GPU for all groups, where torch has
-    gradient of x       grad weight             such a kernel (has_kernel()); a loop over groups
-    gradient of weight  grad^T x                elsewhere
+    forward             out = x weight^T        on a GPU one kernel for all groups, and a small one
+    gradient of x       grad weight             before it, where torch has them (has_kernel()); a
+    gradient of weight  grad^T x                loop over groups elsewhere
 
 Where groups end is a tensor on the device of the rows. The kernel reads it there, so that the host
 neither knows nor waits for it; the loop has the host read it.
@@ -66,7 +66,7 @@ def grouped_mm(
             f"ends of shape {tuple(ends.shape)}, {ends.dtype} on {ends.device}: expected "
             f"[{len(weight)}], torch.int32 on {x.device}"
         )
-    out: torch.Tensor = _GroupedMM.apply(x, weight, ends, adds_to_main_grad)
+    out: torch.Tensor = _GroupedMM.apply(x.contiguous(), weight, ends, adds_to_main_grad)
     return out
 
 
