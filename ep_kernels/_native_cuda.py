@@ -105,6 +105,9 @@ _SIGNATURES: Signatures = {
     "ep_cuda_block_free": (None, [c_void_p]),
     "ep_cuda_note_free": (None, [c_void_p, c_void_p]),
     "ep_cuda_wait_for_freed": (c_int32, [c_void_p, c_void_p, _ERROR]),
+    "ep_cuda_torch_choose": (c_void_p, [c_void_p]),
+    "ep_cuda_torch_allocate": (c_void_p, [c_int64, c_int32, c_void_p]),
+    "ep_cuda_torch_free": (None, [c_void_p, c_uint64, c_void_p]),
     "ep_cuda_pool_stats": (None, [c_void_p, POINTER(c_int64)]),
     "ep_cuda_dispatch_fresh": (
         c_int32,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -60,6 +61,9 @@ class Backend(Protocol):
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor in this rank's pool, for the caller to write to."""
+
+    def memory_pool(self) -> AbstractContextManager[None]:
+        """Has torch allocate from the pool on this thread, where it can."""
 
     def empty_words(self, num_words: int, *, options: CallOptions) -> torch.Tensor:
         """[num_words] int64 for a routing: uninitialised, and used by nobody before this call."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import atexit
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -262,7 +263,7 @@ class Buffer(LowLatencyCalls):
 
         Args:
             x: [N, H] bfloat16, float16, float32 or float64: a row for each row dispatched. A
-                tensor from empty() is read where it is, any other is copied first.
+                tensor from empty() or memory_pool() is read where it is, any other is copied first.
             handle: of the dispatch.
             topk_weights: RANK_MAJOR [N, K], EXPERT_MAJOR [N], float32 or float64: also brought
                 back, to the choice that each entry served.
@@ -295,6 +296,33 @@ class Buffer(LowLatencyCalls):
         for size in shape:
             check_int("shape", size, low=0)
         return self._usable_backend().empty(shape, dtype)
+
+    @contextmanager
+    def memory_pool(self) -> Iterator[None]:
+        """Inside of the block, what torch allocates on this thread lies in this rank's pool.
+
+        For code that allocates its results itself, say the experts' last GEMM; combine() reads such
+        a tensor where it is. On a GPU, that is memory of torch's caching allocator, which takes at
+        least 2 MiB of the pool at a time (20 MiB for tensors between 1 and 10 MiB) and keeps it
+        for later blocks of the thread, until destroy(). Tensors stay valid after that, and follow
+        torch's rules for streams (Tensor.record_stream()). Blocks of several buffers may be nested.
+        In a CUDA graph, memory is the graph's, and combine() copies. On the CPU the block does
+        nothing, and neither do threads other than this one notice it, such as those of a backward:
+        what is allocated there is ordinary, and copied; see empty().
+
+        Raises:
+            EPConfigError: the buffer was destroyed.
+            EPDeviceError: this version of torch cannot do it on a GPU.
+            torch.OutOfMemoryError: from what allocates, if the pool is full, or the buffer was
+                destroyed inside of the block.
+
+        Example:
+            >>> with buffer.memory_pool():
+            ...     y = torch.mm(rows, weight)
+            >>> out = buffer.combine(y, handle).x
+        """
+        with self._usable_backend().memory_pool():
+            yield
 
     def restore_handle(self, words: torch.Tensor, call: torch.Tensor) -> DispatchHandle:
         """The handle of a dispatch of this buffer from what DispatchHandle.to_tensors() gave.

@@ -6,6 +6,7 @@ import ctypes
 import math
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -173,6 +174,10 @@ class CpuBackend:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor in this rank's pool."""
         return self.reserve(shape, dtype).tensor()
+
+    def memory_pool(self) -> AbstractContextManager[None]:
+        """Nothing: torch's allocator of host memory cannot be replaced for a while."""
+        return nullcontext()
 
     def empty_words(self, num_words: int, *, options: CallOptions) -> torch.Tensor:
         """Ordinary memory."""

@@ -15,6 +15,7 @@ import math
 import os
 import statistics
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from ep_kernels._native_cuda import CallOrder
 from ep_kernels.backend import CallOptions, FreshDispatch
 from ep_kernels.bootstrap import Bootstrap
 from ep_kernels.config import Settings
+from ep_kernels.cuda_memory_pool import TorchPools
 from ep_kernels.cuda_pending import CallOnDevice, PendingCalls
 from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
 from ep_kernels.event import Event
@@ -93,6 +95,7 @@ class CudaBackend:
         self._pool_base, self._pool_bytes = 0, settings.total_pool_bytes
         self.max_num_sms = 1
         self._region: Reservation | None = None
+        self._torch_pools = TorchPools(self.device)
         self._when_destroyed: list[Callable[[], None]] = []
         self._pending = PendingCalls()
         self._captured: list[Any] = []  # memory that a graph will use again
@@ -197,6 +200,11 @@ class CudaBackend:
         """A tensor in this rank's pool, for the current stream to write to."""
         self.wait_for_freed(self._current_stream())
         return self.reserve(shape, dtype).tensor()
+
+    def memory_pool(self) -> AbstractContextManager[None]:
+        """Has torch allocate from the pool on this thread."""
+        assert self._buffer is not None
+        return self._torch_pools.use(self._buffer)
 
     def wait_for_freed(self, stream: int) -> None:
         """Work that the stream is given from now on may write to memory that is free."""
@@ -513,6 +521,7 @@ class CudaBackend:
         if self._buffer is None or self._pid != os.getpid():
             return
         buffer, self._buffer = self._buffer, None
+        self._torch_pools.close()
         self._pending.clear()
         self._captured.clear()
         self._region = None

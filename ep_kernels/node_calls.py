@@ -76,6 +76,9 @@ class NodeCalls:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return self._memory.empty(shape, dtype)
 
+    def memory_pool(self) -> contextlib.AbstractContextManager[None]:
+        return self._memory.memory_pool()
+
     def empty_words(self, num_words: int, *, options: CallOptions) -> torch.Tensor:
         return self._memory.empty_words(num_words, options=options)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -235,6 +236,11 @@ class Buffer:
     def empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         self._check_alive()
         return torch.empty(*shape, dtype=dtype)
+
+    @contextmanager
+    def memory_pool(self) -> Iterator[None]:
+        self._check_alive()
+        yield
 
     def barrier(self) -> None:
         self._check_alive()

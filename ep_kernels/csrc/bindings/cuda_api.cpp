@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "bindings/cuda_handles.h"
+#include "bindings/pool_cuda_api.h"
 #include "cuda/kernels.h"
 
 using ep::guarded;
@@ -63,6 +64,7 @@ int32_t ep_cuda_buffer_create(const EpCudaConfig* config, EpCudaBuffer** buffer,
     auto made = std::make_unique<EpCudaBuffer>(created);
     const cudaIpcMemHandle_t memory = made->impl.memory_handle();
     std::memcpy(handle, &memory, sizeof(memory));
+    ep_cuda_torch_know(made.get());
     *buffer = made.release();
   });
 }
@@ -80,7 +82,10 @@ int32_t ep_cuda_buffer_destroy(EpCudaBuffer* buffer, EpError* error) {
   return guarded(error, [&] { buffer->impl.destroy(); });
 }
 
-void ep_cuda_buffer_delete(EpCudaBuffer* buffer) { delete buffer; }
+void ep_cuda_buffer_delete(EpCudaBuffer* buffer) {
+  ep_cuda_torch_forget(buffer);
+  delete buffer;
+}
 
 int32_t ep_cuda_block_allocate(EpCudaBuffer* buffer, int64_t num_bytes, EpCudaBlock** block,
                                void** address, int64_t* offset, EpError* error) {
