@@ -29,6 +29,7 @@ class Options:
         recompute_transfers: where Megatron runs a layer's forward again, in the backward, also
             communicate again: in less memory, in more time; see recompute.py.
         fp8_dispatch: rows travel to the experts as fp8, see fp8_rows.py.
+        results_in_pool: the experts' last GEMM writes into the pool, see expert_memory.py.
         num_sms: worker threads (CPU) or SMs (GPU) of each transfer.
         timeout_s: how long a rank waits for a silent peer.
         pool_bytes: limit of the memory for results on this rank.
@@ -46,6 +47,7 @@ class Options:
     num_chunks: int | str = 1
     recompute_transfers: bool = False
     fp8_dispatch: bool = False
+    results_in_pool: bool = False
     num_sms: int | None = None
     timeout_s: float | None = None
     pool_bytes: int | None = None
@@ -56,7 +58,14 @@ class Options:
     buffer_class: Callable[..., Any] | None = None
 
 
-_OF_LAYERS = ("num_chunks", "recompute_transfers", "fp8_dispatch", "experts", "capacity_factor")
+_OF_LAYERS = (
+    "num_chunks",
+    "recompute_transfers",
+    "fp8_dispatch",
+    "results_in_pool",
+    "experts",
+    "capacity_factor",
+)
 
 EXPERTS = ("auto", "torch")
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from megatron_ep.buffers import current_options
+from megatron_ep.expert_memory import allocate_results_in_pool
 from megatron_ep.experts import TorchGroupedMLP
 from megatron_ep.overlap import ChunkedExperts
 from megatron_ep.recompute import wrap_checkpoint
@@ -205,6 +206,8 @@ def _build_moe_layer(
             f"capacity_factor={options.capacity_factor} needs experts='torch': "
             f"{type(layer.experts).__name__} has the host know how many rows an expert gets"
         )
+    if options.results_in_pool:
+        allocate_results_in_pool(layer.experts, layer.token_dispatcher.buffer)
     if options.num_chunks != 1:
         ChunkedExperts(layer, options.num_chunks).install()
     if tracer := active_tracer():

@@ -121,6 +121,7 @@ def register_dispatcher(config: Config) -> None:
             "num_chunks",
             "recompute_transfers",
             "fp8_dispatch",
+            "results_in_pool",
             "num_sms",
             "timeout_s",
             "pool_bytes",

@@ -353,6 +353,8 @@ class EPSection(Section):
     capacity_factor: float | None = Field(default=None, gt=0)
     """Room for rows in a dispatch, as a multiple of those that the rank sends: the host then waits
     for no layer, and rows that find no room are lost. Room for all rows if not given."""
+    results_in_pool: bool = False
+    """On GPUs, the experts' last GEMM writes into the pool, so that combine copies nothing."""
     reference: bool = False
     """Use ep_kernels.reference (plain PyTorch) in place of the compiled library."""
 
