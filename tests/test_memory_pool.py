@@ -3,6 +3,8 @@
 Functions named `on_rank_...` run on every rank; each belongs to the test below it.
 """
 
+import contextlib
+
 import cases
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch.distributed as dist
 from cases import Case, World
 from host_view import on_host
 
+from ep_kernels import _native_cuda, cuda_memory_pool
 from ep_kernels.errors import EPConfigError
 from ep_kernels.testing import assert_bitwise_equal
 
@@ -132,3 +135,59 @@ def on_rank_after_destroy(rank):
 @gpu
 def test_tensors_outlive_their_buffer(ranks):
     ranks.run(on_rank_after_destroy)
+
+
+class FakeTorch:
+    """What torch and the core are told, in order; torch refuses a pool that is in use."""
+
+    def __init__(self, monkeypatch):
+        self.told = []
+        self.open = []
+        monkeypatch.setattr(_native_cuda, "cuda_library", lambda: self)
+        monkeypatch.setattr(torch.cuda, "use_mem_pool", self.use_mem_pool)
+        monkeypatch.setattr(
+            cuda_memory_pool.TorchPools, "_pool", lambda pools: f"pool of {pools._device}"
+        )
+
+    def ep_cuda_torch_choose(self, core):
+        self.told.append(core)
+
+    @contextlib.contextmanager
+    def use_mem_pool(self, pool, device):
+        assert not self.open, "torch would go on with the pool that began first"
+        self.open.append(pool)
+        yield
+        self.open.remove(pool)
+
+
+def test_nested_blocks_allocate_for_the_innermost_buffer(monkeypatch):
+    fake = FakeTorch(monkeypatch)
+    first, second = (cuda_memory_pool.TorchPools(f"cuda:{i}") for i in range(2))
+    with first.use(1):
+        assert (fake.told[-1], fake.open) == (1, ["pool of cuda:0"])
+        with pytest.raises(KeyError), second.use(2), second.use(2):
+            assert (fake.told[-1], fake.open) == (2, ["pool of cuda:1"])
+            with first.use(1):
+                assert (fake.told[-1], fake.open) == (1, ["pool of cuda:0"])
+            assert (fake.told[-1], fake.open) == (2, ["pool of cuda:1"])
+            raise KeyError
+        assert (fake.told[-1], fake.open) == (1, ["pool of cuda:0"])
+    assert (fake.told[-1], fake.open) == (None, [])
+
+
+def test_a_block_that_torch_refuses_leaves_the_one_around_it_open(monkeypatch):
+    fake = FakeTorch(monkeypatch)
+    first, second = (cuda_memory_pool.TorchPools(f"cuda:{i}") for i in range(2))
+    with first.use(1):
+        works = torch.cuda.use_mem_pool
+
+        def refuse(pool, device):
+            if pool == "pool of cuda:1":
+                raise RuntimeError("no such pool")
+            return works(pool, device)
+
+        monkeypatch.setattr(torch.cuda, "use_mem_pool", refuse)
+        with pytest.raises(RuntimeError, match="no such pool"), second.use(2):
+            pass
+        assert (fake.told[-1], fake.open) == (1, ["pool of cuda:0"])
+    assert (fake.told[-1], fake.open) == (None, [])
