@@ -45,7 +45,7 @@ void* ep_cuda_torch_allocate(ssize_t num_bytes, int device, void* stream) {
   std::lock_guard<std::mutex> lock(segments().mutex);
   if (segments().buffers.count(buffer) == 0 || buffer->impl.device() != device) return nullptr;
   void* address = nullptr;
-  // NOTE: torch takes no exception here; it frees what it has cached, tries again and then raises.
+  // NOTE: torch takes no exception here; it raises its own when it gets no memory.
   ep::guarded(nullptr, [&] {
     buffer->impl.wait_for_freed(static_cast<cudaStream_t>(stream));
     ep::cuda::Block block;
