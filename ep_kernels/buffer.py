@@ -304,11 +304,13 @@ class Buffer(LowLatencyCalls):
         For code that allocates its results itself, say the experts' last GEMM; combine() reads such
         a tensor where it is. On a GPU, that is memory of torch's caching allocator, which takes at
         least 2 MiB of the pool at a time (20 MiB for tensors between 1 and 10 MiB) and keeps it
-        for later blocks of the thread, until destroy(), also what is too small for them. Tensors stay valid after that, and follow
-        torch's rules for streams (Tensor.record_stream()). Blocks of several buffers may be nested.
-        In a CUDA graph, memory is the graph's, and combine() copies. On the CPU the block does
-        nothing, and neither do threads other than this one notice it, such as those of a backward:
-        what is allocated there is ordinary, and copied; see empty().
+        for later blocks of the thread, until destroy(), also what is too small for them. Tensors
+        stay valid after that, and follow torch's rules for streams (Tensor.record_stream()). Blocks
+        of several buffers may be nested.
+
+        Ordinary memory, which combine() copies: all on the CPU, where the block does nothing (see
+        empty()); what other threads allocate, such as those of a backward; what is captured in a
+        CUDA graph, which has memory of its own.
 
         Raises:
             EPConfigError: the buffer was destroyed.
