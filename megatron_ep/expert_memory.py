@@ -1,10 +1,10 @@
 """Experts whose results lie in the buffer's pool, so that combine has nothing to copy.
 
-The module whose forward allocates the result runs in a block of Buffer.memory_pool(): the second
-grouped GEMM of experts that have one (`linear_fc2`), or that of an only local expert. Other modules
-allocate what the backward keeps, which is no business of the pool. Where experts do more to the
-result (a bias, unpadding for FP8, joining the rows of several modules), that is ordinary memory,
-and combine copies it as ever.
+What allocates the result runs in a block of Buffer.memory_pool(): the second grouped GEMM of
+experts that have one (`linear_fc2`, or that of torch's), or that of an only local expert. Other
+modules allocate what the backward keeps, which is no business of the pool. Where experts do more to
+the result (a bias, unpadding for FP8, joining the rows of several modules), that is ordinary
+memory, and combine copies it as ever.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from megatron_ep.experts import TorchGroupedMLP
 
 
 def result_module(experts: torch.nn.Module) -> torch.nn.Module | None:
@@ -35,6 +37,9 @@ def allocate_results_in_pool(
         experts: of a layer.
         buffer: the buffer of the layer, by the device of the rows; asked at each forward.
     """
+    if isinstance(experts, TorchGroupedMLP):
+        experts.result_memory = lambda device: buffer(device).memory_pool()
+        return
     module = result_module(experts)
     if module is None:
         return

@@ -16,7 +16,8 @@ Symbols as in token_dispatcher.py, and:
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,9 @@ class TorchGroupedMLP(MegatronModule):
 
     From the same random state it draws the weights that SequentialMLP draws.
 
+    Attributes:
+        result_memory: by the device of the rows, the context in which the result is allocated.
+
     Args:
         num_local_experts: L.
         config: of the layer.
@@ -82,6 +86,7 @@ class TorchGroupedMLP(MegatronModule):
         self.num_local_experts = num_local_experts
         self.ep_group, self.tp_group = pg_collection.ep, pg_collection.expt_tp
         self.dp_group = pg_collection.expt_dp
+        self.result_memory: Callable[[torch.device], AbstractContextManager[Any]] = any_memory
         width = config.moe_latent_size or config.hidden_size
         inner, rest = divmod(config.moe_ffn_hidden_size, self.tp_group.size())
         _check_config(config)
@@ -156,11 +161,15 @@ class TorchGroupedMLP(MegatronModule):
         )
         inner = gemm(rows, self.weight1)
         if not _recomputes_activation(config):
-            return gemm(_activate(config, inner, probs), self.weight2), None
+            activated = _activate(config, inner, probs)
+            with self.result_memory(rows.device):
+                return gemm(activated, self.weight2), None
         # Without fp8 it needs nothing of Transformer Engine.
         checkpoint = tensor_parallel.CheckpointWithoutOutput(fp8=None)
         activate = functools.partial(_activate, config)
-        output = gemm(checkpoint.checkpoint(activate, inner, probs), self.weight2)
+        activated = checkpoint.checkpoint(activate, inner, probs)
+        with self.result_memory(rows.device):
+            output = gemm(activated, self.weight2)
         checkpoint.discard_output_and_register_recompute(output)
         return output, None
 
@@ -203,6 +212,11 @@ class TorchGroupedMLP(MegatronModule):
                     make_sharded_object_for_checkpoint(None, key, offsets, replica_id)
                 )
         return state
+
+
+def any_memory(device: torch.device) -> AbstractContextManager[Any]:
+    """A TorchGroupedMLP's result_memory as long as nobody sets another."""
+    return nullcontext()
 
 
 @dataclass(frozen=True, kw_only=True)

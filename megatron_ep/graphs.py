@@ -69,7 +69,7 @@ def _given(kwargs: dict[str, Any]) -> list[bool]:
 
 
 def _check(layer: Any, hidden: torch.Tensor) -> None:
-    from megatron_ep.experts import TorchGroupedMLP
+    from megatron_ep.experts import TorchGroupedMLP, any_memory
     from megatron_ep.token_dispatcher import DeepEPTokenDispatcher
 
     config, dispatcher = layer.config, layer.token_dispatcher
@@ -84,6 +84,7 @@ def _check(layer: Any, hidden: torch.Tensor) -> None:
         and not dispatcher.knows_topk,
         "num_chunks='auto'": getattr(layer, "num_chunks", 1) == "auto",
         "gradient_accumulation_fusion": config.gradient_accumulation_fusion,
+        "results_in_pool": getattr(layer.experts, "result_memory", any_memory) is not any_memory,
         "recomputation": config.recompute_granularity is not None,
         "Megatron's own CUDA graphs": config.cuda_graph_impl != "none",
     }

@@ -518,4 +518,8 @@ def check_capture_refusals(rank: int) -> None:
             capture_layer(layer, torch.zeros(1, 1, layers.HIDDEN))
     for word in ("on cpu", "eval mode", "no capacity_factor", "other than 'torch'", "'auto'"):
         assert word in str(caught.value)
+    with layers.megatron(Grid(ep=2)):
+        layer = make_layer(Case(), Grid(ep=2), "deepep", "torch", results_in_pool=True)
+        with pytest.raises(ValueError, match="results_in_pool"):
+            capture_layer(layer, torch.zeros(1, 1, layers.HIDDEN))
     dist.barrier()

@@ -14,7 +14,16 @@ GRID = Grid(ep=2)
 
 
 class _MatricesInPool(TorchDispatchMode):
-    """Products of matrices lie in the pool, as on a GPU all that is allocated would."""
+    """Products of matrices, and what they are to be written to, lie in the pool, as on a GPU all
+    that is allocated would.
+    """
+
+    PRODUCTS = (
+        torch.ops.aten.mm,
+        torch.ops.aten.addmm,
+        torch.ops.aten._grouped_mm,
+        torch.ops.aten.new_empty,
+    )
 
     def __init__(self, buffer):
         super().__init__()
@@ -22,7 +31,7 @@ class _MatricesInPool(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func not in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        if func.overloadpacket not in self.PRODUCTS or func is torch.ops.aten.mm.out:
             return out
         return self._buffer.empty(*out.shape, dtype=out.dtype).copy_(out)
 
@@ -51,14 +60,14 @@ def _watching(buffer, seen):
             delattr(buffer, name)
 
 
-def compare_results_in_pool(rank, num_experts, num_chunks):
+def compare_results_in_pool(rank, num_experts, num_chunks, experts="auto"):
     """Differences to a layer with ordinary results, and where the rows of combines lay."""
     case = Case(num_experts=num_experts)
-    with layers.megatron(GRID, num_chunks=num_chunks):
+    options = dict(num_chunks=num_chunks, experts=experts)
+    with layers.megatron(GRID, **options):
         expected = layers.run_layer(rank, layers.make_layer(case, GRID, "deepep"), case)
     seen: list[bool] = []
-    options = dict(num_chunks=num_chunks, results_in_pool=True)
-    with layers.megatron(GRID, **options):
+    with layers.megatron(GRID, results_in_pool=True, **options):
         layer = layers.make_layer(case, GRID, "deepep")
         with _watching(layer.token_dispatcher.buffer(rank_device()), seen):
             actual = layers.run_layer(rank, layer, case)

@@ -23,6 +23,12 @@ def test_results_of_an_only_local_expert_lie_in_the_pool(ranks, num_chunks):
         assert backward == [False] * num_chunks, "gradients are ordinary memory"
 
 
+def test_results_of_torchs_experts_lie_in_the_pool(ranks):
+    for differences, seen in ranks.run(cases.compare_results_in_pool, 4, 2, "torch"):
+        check_same(differences)
+        assert seen == [True, True, False, False]
+
+
 def test_results_that_are_joined_are_copied_as_ever(ranks):
     for differences, seen in ranks.run(cases.compare_results_in_pool, 4, 1):
         check_same(differences)
