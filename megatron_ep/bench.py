@@ -25,6 +25,7 @@ bench_overlap.py, bench_profile.py).
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -199,6 +200,7 @@ def run(options: argparse.Namespace, device: torch.device) -> None:
     if options.profile:
         profile(options, variants, device)
     del variants
+    gc.collect()  # layers in their own forwards, and with them what they hold of the pool
     if options.overlap or options.trace is not None:
         report_overlap(options, options.dispatchers, device)
 

@@ -62,7 +62,9 @@ def _watching(buffer, seen):
 
 def compare_results_in_pool(rank, num_experts, num_chunks, experts="auto"):
     """Differences to a layer with ordinary results, and where the rows of combines lay."""
-    case = Case(num_experts=num_experts)
+    is_on_gpu = rank_device().type == "cuda"  # where torch's experts are for bf16 alone
+    dtype = torch.bfloat16 if experts == "torch" and is_on_gpu else torch.float64
+    case = Case(num_experts=num_experts, dtype=dtype)
     options = dict(num_chunks=num_chunks, experts=experts)
     with layers.megatron(GRID, **options):
         expected = layers.run_layer(rank, layers.make_layer(case, GRID, "deepep"), case)

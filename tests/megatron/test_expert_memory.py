@@ -8,9 +8,9 @@ from differences import GPU_ROUNDING
 pytestmark = pytest.mark.over_devices
 
 
-def check_same(differences):
+def check_same(differences, dtype=torch.float64):
     assert len(differences) >= 5
-    bound = GPU_ROUNDING[torch.float64]
+    bound = GPU_ROUNDING[dtype]
     assert not [d for d in differences if not d.max_abs <= d.scale * bound]
 
 
@@ -23,9 +23,10 @@ def test_results_of_an_only_local_expert_lie_in_the_pool(ranks, num_chunks):
         assert backward == [False] * num_chunks, "gradients are ordinary memory"
 
 
-def test_results_of_torchs_experts_lie_in_the_pool(ranks):
+def test_results_of_torchs_experts_lie_in_the_pool(ranks, device):
+    dtype = torch.bfloat16 if device == "cuda" else torch.float64
     for differences, seen in ranks.run(cases.compare_results_in_pool, 4, 2, "torch"):
-        check_same(differences)
+        check_same(differences, dtype)
         assert seen == [True, True, False, False]
 
 
