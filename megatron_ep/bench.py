@@ -96,18 +96,21 @@ def measure(
 def profile(
     options: argparse.Namespace, variants: dict[str, Variant], device: torch.device
 ) -> None:
-    """Prints where the host's time goes under deepep, and what a chunk more adds; of rank 0."""
-    whole: dict[str, Any] | None = None
+    """Prints where the host's time goes under deepep, and what a chunk more adds to the same variant
+    in one piece, if that comes before; of rank 0.
+    """
+    whole: dict[str, dict[str, Any]] = {}
     for name, variant in variants.items():
         if not can_be_watched(name):
             continue
         op, layer = variant.passes[PASSES[-1]], variant.layer
         found = profile_pass(op, layer, device, iterations=options.iterations)
         line = {"dispatcher": name, "profile": found}
-        if whole is None and found["expert_calls"] == 1:
-            whole = found
-        elif whole is not None:
-            line["per_chunk"] = per_chunk(whole, found)
+        kind = name.partition("/")[0]
+        if found["expert_calls"] == 1:
+            whole.setdefault(kind, found)
+        elif kind in whole:
+            line["per_chunk"] = per_chunk(whole[kind], found)
         if dist.get_rank() == 0:
             sys.stdout.write(json.dumps(line, default=float) + "\n")
 
