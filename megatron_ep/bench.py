@@ -96,8 +96,8 @@ def measure(
 def profile(
     options: argparse.Namespace, variants: dict[str, Variant], device: torch.device
 ) -> None:
-    """Prints where the host's time goes under deepep, and what a chunk more adds to the same variant
-    in one piece, if that comes before; of rank 0.
+    """Prints where the host's time goes under deepep, and what a chunk more adds to the variant in
+    one piece, if that comes before; of rank 0.
     """
     whole: dict[str, dict[str, Any]] = {}
     for name, variant in variants.items():

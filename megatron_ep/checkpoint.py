@@ -10,12 +10,15 @@ replaced after that: an interrupted save leaves the previous checkpoint in force
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+import multiprocessing
 import os
 import queue
 import random
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ep_kernels.processes import die_with_parent
 from megatron_ep.config import Config, ConfigError, dump_config
 from megatron_ep.model import unwrap
 from megatron_ep.optim import load_optimizer, prepare_for_loading
@@ -87,7 +91,7 @@ def save_checkpoint(
     state["scheduler"] = scheduler.state_dict()
     state["progress"] = dataclasses.asdict(progress)
     state["rng"] = _sharded_rng_state()
-    _simplify_writers()
+    _prepare_writers()
     dist_checkpointing.save(state, str(partial), content_metadata=_metadata(config))
     _on_rank_0(lambda: _publish(config, partial, path, progress.iteration))
     return path
@@ -228,12 +232,14 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
 
 
-def _simplify_writers() -> None:
-    """Takes from Megatron-Core's writers what a save that is waited for does not need.
+def _prepare_writers() -> None:
+    """Takes from Megatron-Core's writers what a save that is waited for does not need, and has them
+    die with their rank.
 
     NOTE: they log their memory; without psutil they fail at that, and the main process waits for
     ever. Their results would go through a server process, which outlives a rank that is killed and
-    cannot start where the path of TMPDIR is long.
+    cannot start where the path of TMPDIR is long. And they wait for words that a thread of the rank
+    is about to send, which never come if the rank is killed before.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -241,6 +247,21 @@ def _simplify_writers() -> None:
         filesystem_async._process_memory = lambda: 0
     if getattr(filesystem_async, "_results_queue", None) is None:
         filesystem_async._results_queue = queue.SimpleQueue()
+        writer = filesystem_async.FileSystemWriterAsync
+        writer.write_preloaded_data = staticmethod(_dying_with_rank(writer.write_preloaded_data))
+
+
+def _dying_with_rank(write: Callable[..., None]) -> Callable[..., None]:
+    """What a process that a rank has forked is to run: `write`, as long as there is the rank."""
+
+    @functools.wraps(write)
+    def write_as_child(*args: Any, **kwargs: Any) -> None:
+        rank = multiprocessing.parent_process()
+        if rank is not None and rank.pid is not None:
+            die_with_parent(rank.pid)
+        write(*args, **kwargs)
+
+    return write_as_child
 
 
 def _on_rank_0(action: Any) -> None:

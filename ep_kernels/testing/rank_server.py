@@ -6,13 +6,12 @@ milliseconds instead of seconds.
 
 The server never starts a thread and never touches CUDA, so forking it is safe. When the parent
 hangs up, even because it was killed, the server ends all ranks and removes their folders; ranks
-die with the server (PR_SET_PDEATHSIG).
+die with the server (`ep_kernels/processes.py`).
 """
 
 from __future__ import annotations
 
 import atexit
-import ctypes
 import faulthandler
 import gc
 import importlib
@@ -30,7 +29,7 @@ from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-PR_SET_PDEATHSIG = 1
+from ep_kernels.processes import die_with_parent
 
 LEAVE, END_PYTHON = b"leave", b"end python"
 """Instead of a job: run the exit handlers and go; or take the interpreter's whole way out, which
@@ -125,13 +124,6 @@ def run_rank(spec: RankSpec, jobs: Connection) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
-
-
-def die_with_parent(parent_pid: int) -> None:
-    """The kernel sends SIGKILL to this process when its parent dies."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        os._exit(1)
 
 
 def _answer(rank: int, job: bytes) -> bytes:
