@@ -138,20 +138,20 @@ low_latency() {
   fi
 }
 
-# A layer of Qwen3-235B-A22B's sizes, against Megatron's alltoall, without and with overlap.
+# A layer of Qwen3-235B-A22B's sizes, against Megatron's alltoall with each kind of experts, without
+# and with overlap. Each variant holds weights and gradients: no more of them than fit a GPU of 80 GB.
 moe_layer() {
   if ! is_importable megatron.core; then
     skip moe_layer "megatron-core is not installed"
     return
   fi
   local options=(--tokens 4096 --hidden 4096 --ffn-hidden 1536 --topk 8 --experts 128)
-  if python -m megatron_ep.bench --help 2>/dev/null | grep -q -- --device; then
-    options+=(--device cuda)
-  fi
+  local dispatchers=(alltoall+torch deepep+torch deepep+torch/2 deepep+torch+capacity1.5+graph/2)
   if is_importable transformer_engine.pytorch; then
-    options+=(--te)
+    dispatchers=(alltoall+te alltoall+te+fused "${dispatchers[@]}" deepep+te)
   fi
-  step moe_layer 90 "${mps_if_shared[@]}" python -m torch.distributed.run --standalone \
+  options+=(--device cuda --overlap --dispatchers "${dispatchers[@]}")
+  step moe_layer 120 "${mps_if_shared[@]}" python -m torch.distributed.run --standalone \
     --nproc-per-node "$num_ranks" -m megatron_ep.bench "${options[@]}"
   grep '^{' "$folder/moe_layer.log" >"$folder/moe_layer.jsonl" || true
 }
