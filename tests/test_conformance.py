@@ -61,6 +61,13 @@ def test_any_num_topk_up_to_all_experts(ranks, backend, num_ranks, layout, num_t
     ranks.run(cases.run_case, backend, case)
 
 
+@LAYOUTS
+def test_more_choices_than_a_warp_has_lanes(ranks, backend, layout):
+    """GPUs list the rows of such a token in several rounds."""
+    case = Case(num_topk=40, num_experts=48, layout=layout, hidden=264, num_biases=1)
+    ranks.run(cases.run_case, backend, case)
+
+
 @RANKS
 @LAYOUTS
 def test_one_expert_per_rank(ranks, backend, num_ranks, layout):
