@@ -107,10 +107,12 @@ class GlooLane(Lane):
         self._break(self._farewells)
 
     def _break(self, context: Any) -> None:
-        """Closes all connections: what gloo does when a wait runs out of time."""
-        with _ended_connections():
-            work = context.recv([torch.zeros(1)], self.topology.other_nodes[0], CLOSE_TAG)
-            work.wait(timedelta(milliseconds=1))
+        """Closes all connections: what gloo does when a wait runs out of time. One for a peer that
+        is gone does not, hence a wait for each."""
+        for node in self.topology.other_nodes:
+            with _ended_connections():
+                work = context.recv([torch.zeros(1)], node, CLOSE_TAG)
+                work.wait(timedelta(milliseconds=1))
 
 
 @contextlib.contextmanager
