@@ -65,6 +65,9 @@ _SIGNATURES: Signatures = {
     "ep_ll_abi_sizes": (None, [POINTER(c_int32)]),
     "ep_ll_region_bytes": (c_int64, [POINTER(LlSizes), c_int32, c_int32, c_int32]),
     "ep_ll_half_offsets": (None, [POINTER(LlSizes), c_int32, c_int32, POINTER(c_int64)]),
+    "ep_ll_check_dispatch": (c_int32, [POINTER(LlDispatchArgs), c_int32, _ERROR]),
+    "ep_ll_check_combine": (c_int32, [POINTER(LlCombineArgs), POINTER(LlSizes), _ERROR]),
+    "ep_ll_check_agreed": (c_int32, [c_int32, c_int32, c_int64, c_int32, c_int64, _ERROR]),
     "ep_ll_create": (c_int32, [c_void_p, c_int64, c_int64, c_int32, _OUT, _ERROR]),
     "ep_ll_delete": (None, [c_void_p]),
     "ep_ll_dispatch": (

@@ -66,8 +66,8 @@ class Buffer(LowLatencyCalls):
         staging_bytes: limit of the memory for rows on their way between nodes. None: 32 MiB.
         low_latency_bytes: memory for low-latency calls besides, see low_latency_size_hint().
         mask_silent_ranks: a rank that is dead or silent is left out of low-latency calls from then
-            on, and reported, instead of EPTimeoutError. Masking a rank that may still write takes
-            up to low_latency_bytes of the pool, until it has ended or is back.
+            on, and reported, instead of EPTimeoutError; on one node only. Masking a rank that may
+            still write takes up to low_latency_bytes of the pool, until it has ended or is back.
 
     Raises:
         EPConfigError: an argument is wrong, ranks disagree, or nodes are uneven; on all ranks.
@@ -138,7 +138,7 @@ class Buffer(LowLatencyCalls):
             num_local_experts=self.num_local_experts,
             num_sms=self.num_sms,
         )
-        self._low_latency = self._make_low_latency(settings)
+        self._low_latency = self._make_low_latency(bootstrap, settings)
         self.name = register(self)  # in operators, see ops.py
         _open_buffers.add(self)
 
@@ -361,7 +361,7 @@ class Buffer(LowLatencyCalls):
         if getattr(self, "_backend", None) is not None:
             self.destroy()
 
-    def _make_low_latency(self, settings: Settings) -> LowLatency | None:
+    def _make_low_latency(self, bootstrap: Bootstrap, settings: Settings) -> LowLatency | None:
         if settings.low_latency_bytes == 0:
             return None
         group = GroupSizes(
@@ -370,7 +370,7 @@ class Buffer(LowLatencyCalls):
             num_local_experts=self.num_local_experts,
             device=self.device,
         )
-        region = _make_region(self._usable_backend(), settings)
+        region = _make_region(self._usable_backend(), bootstrap, settings, self.topology)
         num_sms = region.choose_num_sms(settings.num_sms, default=self.num_sms)
         return LowLatency(region, group, rank=self.rank, num_sms=num_sms)
 
@@ -399,10 +399,15 @@ def _make_backend(bootstrap: Bootstrap, settings: Settings, topology: Topology) 
 def _make_backend_over_nodes(
     bootstrap: Bootstrap, settings: Settings, topology: Topology
 ) -> Backend:
-    if settings.low_latency_bytes:
+    if settings.low_latency_bytes and settings.device != "cpu":
         raise EPConfigError(
             f"low_latency_bytes={settings.low_latency_bytes}: the group spans "
-            f"{topology.num_nodes} nodes; low-latency mode works within one"
+            f"{topology.num_nodes} nodes; low-latency mode of GPUs works within one"
+        )
+    if settings.mask_silent_ranks:
+        raise EPConfigError(
+            f"mask_silent_ranks=True: the group spans {topology.num_nodes} nodes; ranks can be "
+            "masked within one only"
         )
     if settings.device == "cpu":
         from ep_kernels.hierarchical import make_cpu_backend
@@ -413,7 +418,15 @@ def _make_backend_over_nodes(
     return CudaNodesBackend(bootstrap, settings, topology)
 
 
-def _make_region(backend: Backend, settings: Settings) -> Region:
+def _make_region(
+    backend: Backend, bootstrap: Bootstrap, settings: Settings, topology: Topology
+) -> Region:
+    if topology.num_nodes > 1:
+        from ep_kernels.node_calls import NodeCalls
+        from ep_kernels.nodes_ll import make_region_over_nodes
+
+        assert isinstance(backend, NodeCalls)
+        return make_region_over_nodes(backend, bootstrap, settings, topology)
     num_bytes, mask_silent_ranks = settings.low_latency_bytes, settings.mask_silent_ranks
     if settings.device == "cpu":
         from ep_kernels.cpu_backend import CpuBackend

@@ -57,7 +57,10 @@ class _CpuOperation:
         self._library.ep_op_release(self._op)
 
 
-def _tensor(address: int, shape: tuple[int, ...], dtype: torch.dtype, *, keep: Any) -> torch.Tensor:
+def tensor_at(
+    address: int, shape: tuple[int, ...], dtype: torch.dtype, *, keep: Any = None
+) -> torch.Tensor:
+    """A tensor over memory that lives as long as `keep` does."""
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes == 0:
         return torch.empty(shape, dtype=dtype)
@@ -168,7 +171,7 @@ class CpuBackend:
         return Reservation(
             offset=offset,
             address=address,
-            tensor=lambda: _tensor(address, shape, dtype, keep=block),
+            tensor=lambda: tensor_at(address, shape, dtype, keep=block),
         )
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -187,7 +190,7 @@ class CpuBackend:
         self, offset: int, shape: tuple[int, ...], dtype: torch.dtype, *, keep: Any
     ) -> torch.Tensor:
         """A tensor at an offset of the pool; `keep`, a tensor in the pool, lives as long."""
-        return _tensor(self._pool_base + offset, shape, dtype, keep=keep)
+        return tensor_at(self._pool_base + offset, shape, dtype, keep=keep)
 
     def pool_offset(self, tensor: torch.Tensor) -> int | None:
         """Offset of a contiguous tensor in the pool, None if it lies elsewhere."""

@@ -97,10 +97,11 @@ class Lane(abc.ABC):
     Attributes:
         on_wait: is told the rank that a wait is for, and -1 after it.
         deadline_s: of each wait.
+        places: where ranks are, for errors; that of the group if the lane connects all its ranks.
     """
 
     def __init__(self, topology: Topology, timeout_s: float) -> None:
-        self.topology = topology
+        self.topology = self.places = topology
         self.on_wait: Callable[[int], None] = lambda rank: None
         # Local waits for the same culprit end first, and know more.
         self.deadline_s = 1.1 * timeout_s
@@ -159,17 +160,17 @@ class Lane(abc.ABC):
         self._counts[f"{kind}_bytes_{direction}"] += tensor.numel()
 
     def _error(self, node: int, message: Message, lost: Lost) -> EPTimeoutError:
-        topology = self.topology
-        peer = topology.lane_rank(node)
+        rank, peer, places = self.topology.rank, self.topology.lane_rank(node), self.places
         text = (
-            f"{lost.text}; rank {topology.rank} was exchanging messages with rank {peer} of node "
-            f"{node}; to blame is rank {lost.culprit} of node {topology.node_of(lost.culprit)}"
+            f"{lost.text}; rank {rank} was exchanging messages with rank {peer} of node "
+            f"{places.node_of(peer)}; to blame is rank {lost.culprit} of node "
+            f"{places.node_of(lost.culprit)}"
         )
-        phase = PHASES[message.phase]
-        return EPTimeoutError(text, rank=topology.rank, phase=phase, peer=lost.culprit)
+        return EPTimeoutError(text, rank=rank, phase=PHASES[message.phase], peer=lost.culprit)
 
     def _expired(self, node: int) -> Lost:
         peer = self.topology.lane_rank(node)
+        node = self.places.node_of(peer)
         text = f"nothing came from rank {peer} of node {node} within {self.deadline_s:g} s"
         return Lost(peer, text)
 

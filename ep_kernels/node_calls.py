@@ -58,6 +58,7 @@ class NodeCalls:
         self._memory, self.device = rows.memory, rows.memory.device
         self._topology = topology
         self._queue = CallQueue()
+        self._when_destroyed: list[Callable[[], None]] = []
         try:
             self._control = NodeControl(core, bootstrap, topology, settings.timeout_s)
             self._transport = rows.make_transport(self._control.lane, bootstrap)
@@ -138,6 +139,8 @@ class NodeCalls:
         if self._core.core is None or self._pid != os.getpid():
             return
         self._queue.drain()
+        for function in self._when_destroyed:
+            function()
         if self._control is not None:
             self._control.lane.close()
         if self._transport is not None:
@@ -145,6 +148,16 @@ class NodeCalls:
         self._rows.close()
         self._memory.destroy()
         self._core.destroy()
+
+    def when_destroyed(self, function: Callable[[], None]) -> None:
+        """Calls `function` before this rank leaves the group."""
+        self._when_destroyed.append(function)
+
+    def lose(self, error: EPTimeoutError) -> None:
+        """A rank was lost in a call that others make over this group: no call can be made now."""
+        phases = {name: number for number, name in _native.PHASES.items()}
+        culprit = self._topology.rank if error.peer is None else error.peer
+        self._fail(culprit, phases[error.phase or "transfer"], str(error))
 
     # How calls run
 
@@ -170,9 +183,7 @@ class NodeCalls:
             if options is not None:
                 self._add(options.wait_recv_cost_stats, self._usable.waited_us)
         except EPTimeoutError as error:
-            phases = {name: number for number, name in _native.PHASES.items()}
-            culprit = rank if error.peer is None else error.peer
-            self._fail(culprit, phases[error.phase or "transfer"], str(error))
+            self.lose(error)
             raise
         except EPConfigError:
             self._rows.finish()

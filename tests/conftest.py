@@ -5,7 +5,7 @@ ranks      R ranks kept for the whole session; `ranks.run(function, ...)`. R is 
 launch     fresh ranks for tests that kill or stop some of them
 backend    the name of a Buffer implementation, see `cases.make_buffer`
 over_nodes the name of one over several nodes: "nodes", or those that --backend names
-ll_backend of low-latency tests: "cpu" or "cuda", known to the ranks as `ll_cases.backend()`
+ll_backend of low-latency tests: "cpu", "nodes" or "cuda"; ranks know it as `ll_cases.backend()`
 """
 
 import functools
@@ -18,7 +18,7 @@ from backends import BACKENDS, BY_NAME, OVER_NODES, param
 
 from ep_kernels.testing import RankPool, RankServer, launch
 
-LL_BACKENDS = ("cpu", "cuda")
+LL_BACKENDS = ("cpu", "nodes", "cuda")
 
 
 def pytest_addoption(parser):
@@ -40,6 +40,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "exhaustive: slow; runs only with --exhaustive")
+    config.addinivalue_line("markers", "one_node(reason): of a low-latency test, not for several")
     config.addinivalue_line("markers", "cpu_only(reason): of a low-latency test, not for CUDA")
     config.addinivalue_line("markers", "large: needs about 8 GiB of memory")
     config.addinivalue_line(
@@ -93,8 +94,9 @@ def pytest_generate_tests(metafunc):
 def ll_backends(metafunc):
     """Those that low-latency tests run on."""
     cpu_only = metafunc.definition.get_closest_marker("cpu_only")
+    one_node = metafunc.definition.get_closest_marker("one_node")
     for backend in metafunc.config.getoption("--backend") or BACKENDS:
-        if backend in LL_BACKENDS:
+        if backend in LL_BACKENDS and not (backend == "nodes" and one_node):
             is_skipped = cpu_only and backend == "cuda"
             marks = [pytest.mark.skip(reason=cpu_only.args[0])] if is_skipped else []
             yield pytest.param(backend, marks=marks)

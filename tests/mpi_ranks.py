@@ -10,6 +10,7 @@ from pathlib import Path
 
 import cases
 import deep_ep_cases
+import ll_cases
 import pytest
 import torch
 import torch.distributed as dist
@@ -43,6 +44,13 @@ def check_round_trips(comm, backend="cpu"):
 
 def check_round_trips_over_nodes(comm):
     check_round_trips(comm, "nodes")
+
+
+def check_low_latency_calls_over_nodes(comm):
+    case = ll_cases.Case(num_ranks=NUM_RANKS, num_topk=3, format="fp8", wire="fp8")
+    options = dict(group=comm, num_experts=case.num_experts, low_latency_bytes=case.hint)
+    with cases.make_buffer("nodes", **options) as buffer:
+        ll_cases.check_round(buffer, ll_cases.World(case, comm.Get_rank()))
 
 
 def check_torch_distributed_is_not_needed(comm):

@@ -248,12 +248,19 @@ def on_rank_constructor(rank):
 
 
 def on_rank_nodes(rank):
-    with pytest.raises(EPConfigError, match=r"low_latency_bytes=\d+: the group spans 2 nodes"):
-        ll_cases.make_ll_buffer(replace(CASE, num_ranks=2), num_local_ranks=1)
+    with pytest.raises(EPConfigError, match="mask_silent_ranks=True: the group spans 2 nodes"):
+        ll_cases.make_ll_buffer(
+            replace(CASE, num_ranks=2), num_local_ranks=1, mask_silent_ranks=True
+        )
+    with (
+        ll_cases.make_ll_buffer(replace(CASE, num_ranks=2), num_local_ranks=1) as buffer,
+        pytest.raises(EPConfigError, match=f"rank={1 - rank}: .* within one node only"),
+    ):
+        buffer.mask_rank(1 - rank)
 
 
-@pytest.mark.cpu_only("GPUs of several nodes are refused with or without low-latency mode")
-def test_several_nodes_are_refused(rank_pool):
+@pytest.mark.cpu_only("GPUs of several nodes are refused with or without masks")
+def test_ranks_of_several_nodes_cannot_be_masked(rank_pool):
     rank_pool.get(2).run(on_rank_nodes)
 
 

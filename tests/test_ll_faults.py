@@ -26,7 +26,10 @@ from ep_kernels import Buffer
 from ep_kernels.errors import EPConfigError, EPDeviceError, EPTimeoutError
 from ep_kernels.testing import assert_bitwise_equal
 
-pytestmark = pytest.mark.usefixtures("ll_backend")
+pytestmark = [
+    pytest.mark.usefixtures("ll_backend"),
+    pytest.mark.one_node("most are about masks; test_ll_nodes.py has those that are not"),
+]
 
 KILLS = pytest.mark.cpu_only(
     "kills a process that others share a GPU with; a kernel sees a dead rank as a silent one"

@@ -15,6 +15,7 @@ NUM_RANKS = 4
 CHECKS = [
     "round_trips",
     "round_trips_over_nodes",
+    "low_latency_calls_over_nodes",
     "torch_distributed_is_not_needed",
     "parts_of_a_communicator",
     "a_communicator_of_one_rank",

@@ -1,7 +1,10 @@
 #include "bindings/ll_api.h"
 
 #include "bindings/handles.h"
+#include "core/check.h"
+#include "core/ht_plan.h"
 #include "core/ll_layout.h"
+#include "core/ll_protocol.h"
 #include "cpu/low_latency.h"
 
 struct EpLowLatency {
@@ -38,6 +41,29 @@ void ep_ll_half_offsets(const ep::LlSizes* sizes, int32_t num_ranks, int32_t num
   offsets[0] = static_cast<int64_t>(half.x);
   offsets[1] = static_cast<int64_t>(half.scales);
   offsets[2] = static_cast<int64_t>(half.combine);
+}
+
+int32_t ep_ll_check_dispatch(const ep::LlDispatchArgs* args, int32_t num_experts, EpError* error) {
+  return guarded(error, [&] {
+    validate(*args);
+    ep::check_choices(num_experts, args->topk_idx, args->sizes.num_tokens, args->sizes.num_topk);
+  });
+}
+
+int32_t ep_ll_check_combine(const ep::LlCombineArgs* args, const ep::LlSizes* sizes,
+                            EpError* error) {
+  return guarded(error, [&] {
+    validate(*args, *sizes);
+    check_routing(*args, *sizes);
+  });
+}
+
+int32_t ep_ll_check_agreed(int32_t field, int32_t rank, int64_t value, int32_t other,
+                           int64_t other_value, EpError* error) {
+  return guarded(error, [&] {
+    EP_CHECK_AGREED(value == other_value,
+                    ep::ll_disagreement(field, rank, value, other, other_value));
+  });
 }
 
 int32_t ep_ll_create(EpBuffer* buffer, int64_t region, int64_t region_bytes,

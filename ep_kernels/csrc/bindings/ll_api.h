@@ -18,6 +18,15 @@ EP_API int64_t ep_ll_region_bytes(const ep::LlSizes* sizes, int32_t num_ranks, i
 EP_API void ep_ll_half_offsets(const ep::LlSizes* sizes, int32_t num_ranks,
                                int32_t num_local_experts, int64_t offsets[3]);
 
+/// For calls over several nodes, whose steps are in Python (nodes_ll.py): what the arguments of a
+/// call and the fields of posts (core/ll_protocol.h) have to be.
+EP_API int32_t ep_ll_check_dispatch(const ep::LlDispatchArgs* args, int32_t num_experts,
+                                    EpError* error);
+EP_API int32_t ep_ll_check_combine(const ep::LlCombineArgs* args, const ep::LlSizes* sizes,
+                                   EpError* error);
+EP_API int32_t ep_ll_check_agreed(int32_t field, int32_t rank, int64_t value, int32_t other,
+                                  int64_t other_value, EpError* error);
+
 /// `region`: pool offset of `region_bytes` zeroed bytes, the same on all ranks.
 EP_API int32_t ep_ll_create(EpBuffer* buffer, int64_t region, int64_t region_bytes,
                             int32_t mask_silent_ranks, EpLowLatency** low_latency, EpError* error);

@@ -12,10 +12,10 @@ bool is_expert_major(const HtSizes& sizes) {
   return static_cast<Layout>(sizes.layout) == Layout::kExpertMajor;
 }
 
-void check_choice(const Group& group, const int64_t* choices, int64_t token, int k) {
+void check_choice(int num_experts, const int64_t* choices, int64_t token, int k) {
   const int64_t expert = choices[k];
-  EP_CHECK(expert >= -1 && expert < group.num_experts, "topk_idx[", token, ", ", k, "]=", expert,
-           " is outside [-1, num_experts=", group.num_experts, ")");
+  EP_CHECK(expert >= -1 && expert < num_experts, "topk_idx[", token, ", ", k, "]=", expert,
+           " is outside [-1, num_experts=", num_experts, ")");
   if (expert < 0) return;
   for (int i = 0; i < k; ++i)
     EP_CHECK(choices[i] != expert, "topk_idx[", token, "] chooses expert ", expert,
@@ -106,6 +106,12 @@ int num_local_experts(const Group& group, int rank) {
   return static_cast<int>(std::count(rank_of, rank_of + group.num_experts, rank));
 }
 
+void check_choices(int num_experts, const int64_t* topk_idx, int64_t num_tokens, int num_topk) {
+  for (int64_t token = 0; token < num_tokens; ++token)
+    for (int k = 0; k < num_topk; ++k)
+      check_choice(num_experts, topk_idx + token * num_topk, token, k);
+}
+
 void count_rows(const Group& group, const int64_t* topk_idx, int64_t num_tokens, int num_topk,
                 int32_t* counts, uint8_t* is_token_in_rank) {
   std::fill_n(counts, group.num_ranks + group.num_experts, 0);
@@ -113,7 +119,7 @@ void count_rows(const Group& group, const int64_t* topk_idx, int64_t num_tokens,
   for (int64_t token = 0; token < num_tokens; ++token) {
     const int64_t* choices = topk_idx + token * num_topk;
     for (int k = 0; k < num_topk; ++k) {
-      check_choice(group, choices, token, k);
+      check_choice(group.num_experts, choices, token, k);
       if (choices[k] < 0) continue;
       const int dst = group.placement.rank_of[choices[k]];
       ++counts[group.num_ranks + choices[k]];

@@ -20,6 +20,9 @@ struct Group {
 /// Number of experts of a rank.
 int num_local_experts(const Group& group, int rank);
 
+/// Throws ConfigError for an expert out of range or chosen twice by one token.
+void check_choices(int num_experts, const int64_t* topk_idx, int64_t num_tokens, int num_topk);
+
 /// Counts of one rank's batch: rows for each rank, then tokens for each expert.
 /// Throws ConfigError for an expert out of range or chosen twice by one token.
 ///
