@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import cases
+import ll_cases
 import torch
 import torch.distributed as dist
 from cases import Case, World
@@ -44,6 +45,14 @@ def round_trips():
             with make_buffer(case, staging_bytes=100_000) as buffer:
                 for seed in range(2):
                     cases.check_round_trip(buffer, World(case, RANK), seed=seed)
+
+
+def low_latency_rounds():
+    """Both wire formats; the experts of a token are anywhere."""
+    for names in (dict(), dict(format="fp8", wire="fp8")):
+        case = ll_cases.Case(num_ranks=NUM_RANKS, num_topk=4, num_experts=4 * NUM_RANKS, **names)
+        with make_buffer(case, low_latency_bytes=case.hint) as buffer:
+            ll_cases.check_round(buffer, ll_cases.World(case, RANK))
 
 
 def link_bytes_sent():

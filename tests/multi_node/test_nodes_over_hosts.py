@@ -88,6 +88,10 @@ def test_results_are_those_of_one_node(make_network, run_ranks, num_hosts, num_l
     run_ranks(make_network(num_hosts=num_hosts), num_local_ranks, "round_trips").results()
 
 
+def test_low_latency_results_are_those_of_one_node(make_network, run_ranks):
+    run_ranks(make_network(num_hosts=3), 2, "low_latency_rounds").results()
+
+
 TRAFFIC = dict(num_tokens=256, hidden=7168, num_calls=4)
 
 
