@@ -101,26 +101,29 @@ __global__ void __launch_bounds__(kStagedWarps* kWarpSize, 1)
   if (is_last_block(group)) finish(group, record);
 }
 
-/// One block per SM, each with as many warps as have room in `max_bytes` of shared memory.
-template <typename... Parameters>
-void launch(void (*kernel)(Parameters...), int max_warps, int warp_bytes, int max_bytes,
-            const DeviceGroup& group, const HtCombineArgs& args, CallRecord* record,
-            cudaStream_t stream) {
+/// One block per SM, each of at most `max_warps` warps with `warp_bytes` of shared memory: as many
+/// as have room in `max_bytes`.
+LaunchShape shape_of_warps(const HtCombineArgs& args, int max_warps, int warp_bytes,
+                           int max_bytes) {
   const int num_warps = std::clamp(max_bytes / warp_bytes, 1, max_warps);
-  const int shared_bytes = num_warps * warp_bytes;
-  EP_CHECK_CUDA(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   const int num_blocks = args.sizes.num_tokens > 0 ? args.sizes.num_threads : 1;
-  launch_early(kernel, {num_blocks, num_warps * kWarpSize, shared_bytes}, stream, group, args,
-               record);
+  return {num_blocks, num_warps * kWarpSize, num_warps * warp_bytes};
+}
+
+template <typename... Parameters>
+void launch(void (*kernel)(Parameters...), const LaunchShape& shape, const DeviceGroup& group,
+            const HtCombineArgs& args, CallRecord* record, cudaStream_t stream) {
+  EP_CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     shape.shared_bytes));
+  launch_early(kernel, shape, stream, group, args, record);
 }
 
 template <typename Element, int kRows>
 void launch_staged(const DeviceGroup& group, const HtCombineArgs& args, CallRecord* record,
                    cudaStream_t stream) {
   const int max_bytes = max_shared_bytes() - static_cast<int>(sizeof(Sources)) - 1024;
-  launch(staged_reduce_kernel<Element, kRows>, kStagedWarps, kStagedWarpBytes, max_bytes, group,
-         args, record, stream);
+  const LaunchShape shape = shape_of_warps(args, kStagedWarps, kStagedWarpBytes, max_bytes);
+  launch(staged_reduce_kernel<Element, kRows>, shape, group, args, record, stream);
 }
 
 /// Takes the way for the most rows that a token can have.
@@ -136,7 +139,8 @@ void launch(const DeviceGroup& group, const HtCombineArgs& args, CallRecord* rec
   }
   constexpr int kMaxListBytes = 160 << 10;
   const int list_bytes = static_cast<int>(sizeof(uint4*)) * std::max(1, num_topk);
-  launch(reduce_kernel<Element>, kNumWarps, list_bytes, kMaxListBytes, group, args, record, stream);
+  const LaunchShape shape = shape_of_warps(args, kNumWarps, list_bytes, kMaxListBytes);
+  launch(reduce_kernel<Element>, shape, group, args, record, stream);
 }
 
 }  // namespace
