@@ -91,7 +91,7 @@ def save_checkpoint(
     state["scheduler"] = scheduler.state_dict()
     state["progress"] = dataclasses.asdict(progress)
     state["rng"] = _sharded_rng_state()
-    _prepare_writers()
+    prepare_writers()
     dist_checkpointing.save(state, str(partial), content_metadata=_metadata(config))
     _on_rank_0(lambda: _publish(config, partial, path, progress.iteration))
     return path
@@ -232,7 +232,7 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
 
 
-def _prepare_writers() -> None:
+def prepare_writers() -> None:
     """Takes from Megatron-Core's writers what a save that is waited for does not need, and has them
     die with their rank.
 

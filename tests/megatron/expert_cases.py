@@ -323,7 +323,7 @@ def check_checkpoints(rank: int, grid: Grid, folder: Any, is_gated: bool, single
         make_sharded_optimizer_tensor,
     )
 
-    from megatron_ep.checkpoint import _simplify_writers
+    from megatron_ep.checkpoint import prepare_writers
 
     metadata = {"singleton_local_shards": singleton}
     case = Case(options=dict(gated_linear_unit=is_gated))
@@ -338,7 +338,7 @@ def check_checkpoints(rank: int, grid: Grid, folder: Any, is_gated: bool, single
         return state
 
     with layers.megatron(grid):
-        _simplify_writers()
+        prepare_writers()
         kinds = [
             make_layer(case, grid, "deepep", experts, num_chunks=1) for experts in ("auto", "torch")
         ]
