@@ -124,6 +124,7 @@ class Buffer(LowLatencyCalls):
             ),
         )
         self.topology = find_topology(bootstrap, settings.num_local_ranks)
+        _check_masks(settings, self.topology)
         self.num_experts = settings.num_experts
         self.timeout_s = settings.timeout_s
         self.local_experts = [
@@ -384,6 +385,14 @@ class Buffer(LowLatencyCalls):
         return self._backend
 
 
+def _check_masks(settings: Settings, topology: Topology) -> None:
+    if settings.mask_silent_ranks and topology.num_nodes > 1:
+        raise EPConfigError(
+            f"mask_silent_ranks=True: the group spans {topology.num_nodes} nodes; ranks can be "
+            "masked within one only"
+        )
+
+
 def _make_backend(bootstrap: Bootstrap, settings: Settings, topology: Topology) -> Backend:
     if topology.num_nodes > 1:
         return _make_backend_over_nodes(bootstrap, settings, topology)
@@ -399,16 +408,6 @@ def _make_backend(bootstrap: Bootstrap, settings: Settings, topology: Topology) 
 def _make_backend_over_nodes(
     bootstrap: Bootstrap, settings: Settings, topology: Topology
 ) -> Backend:
-    if settings.low_latency_bytes and settings.device != "cpu":
-        raise EPConfigError(
-            f"low_latency_bytes={settings.low_latency_bytes}: the group spans "
-            f"{topology.num_nodes} nodes; low-latency mode of GPUs works within one"
-        )
-    if settings.mask_silent_ranks:
-        raise EPConfigError(
-            f"mask_silent_ranks=True: the group spans {topology.num_nodes} nodes; ranks can be "
-            "masked within one only"
-        )
     if settings.device == "cpu":
         from ep_kernels.hierarchical import make_cpu_backend
 

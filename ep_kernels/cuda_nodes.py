@@ -11,9 +11,12 @@ from ep_kernels import _native, env
 from ep_kernels._native_cuda_lane import CudaLaneConfig, cuda_lane_library
 from ep_kernels.cpu_backend import CpuBackend
 from ep_kernels.cuda_backend import CudaBackend
+from ep_kernels.cuda_ll_memory import CudaLlMemory
 from ep_kernels.device_rows import DeviceRows
 from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
+from ep_kernels.group_transport import GroupTransport, PeerGroups
 from ep_kernels.hierarchical import HierarchicalBackend
+from ep_kernels.ll_carriers import GroupCarrier, LaneCarrier
 from ep_kernels.streams import CudaStream, Stream
 from ep_kernels.transport import HostTransport
 
@@ -22,7 +25,10 @@ if TYPE_CHECKING:
 
     from ep_kernels.bootstrap import Bootstrap
     from ep_kernels.config import Settings
+    from ep_kernels.group_transport import PeerGroup
     from ep_kernels.lanes import Lane
+    from ep_kernels.ll_carriers import MakeCarrier, RowCarrier
+    from ep_kernels.ll_memory import LlMemory
     from ep_kernels.topology import Topology
     from ep_kernels.transport import Transport
 
@@ -158,24 +164,35 @@ class CudaDevice:
         self.memory.wait_for_freed(self.rows.raw.cuda_stream)
 
     def make_transport(self, lane: Lane, bootstrap: Bootstrap) -> Transport:
-        """The one that EP_KERNELS_SCALEOUT names."""
+        group = self._make_group(lane, bootstrap, self.rows)
+        if group is None:
+            return HostTransport(lane, self.rows, self.new_stream, self.new_memory)
+        return GroupTransport(lane, group, self.rows, self.new_memory)
+
+    def low_latency_memory(self) -> tuple[LlMemory, MakeCarrier]:
+        memory = CudaLlMemory(self._torch_device)
+
+        def make_carrier(lane: Lane, bootstrap: Bootstrap) -> RowCarrier:
+            group = self._make_group(lane, bootstrap, memory.stream)
+            if group is None:
+                return LaneCarrier(lane, memory)
+            return GroupCarrier(PeerGroups(lane, group, memory.stream), memory)
+
+        return memory, make_carrier
+
+    def _make_group(self, lane: Lane, bootstrap: Bootstrap, rows: CudaStream) -> PeerGroup | None:
+        """What EP_KERNELS_SCALEOUT names; None: rows go through host memory. Collective."""
         name = agree_on_transport(bootstrap)
         if name == "nccl":
-            from ep_kernels.nccl_group import make_nccl_transport
+            from ep_kernels.nccl_group import make_nccl_group
 
-            return make_nccl_transport(lane, bootstrap, self.rows, self.new_memory)
+            return make_nccl_group(lane, bootstrap, rows)
         if name == "nvshmem":
-            from ep_kernels.nvshmem_group import make_nvshmem_transport
+            from ep_kernels.nvshmem_group import make_nvshmem_group
 
-            return make_nvshmem_transport(
-                lane,
-                bootstrap,
-                self._settings,
-                self.rows,
-                network=self.new_stream(),
-                new_memory=self.new_memory,
-            )
-        return HostTransport(lane, self.rows, self.new_stream, self.new_memory)
+            network = self.new_stream()
+            return make_nvshmem_group(lane, bootstrap, self._settings, rows, network=network)
+        return None
 
     def close(self) -> None:
         if self._lane is not None:

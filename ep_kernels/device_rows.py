@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ep_kernels.backend import CallOptions
     from ep_kernels.bootstrap import Bootstrap
     from ep_kernels.lanes import Lane
+    from ep_kernels.ll_carriers import MakeCarrier
+    from ep_kernels.ll_memory import LlMemory
     from ep_kernels.node_rows import Caller, NodeMemory
     from ep_kernels.transport import Transport
 
@@ -63,6 +65,8 @@ class Device(Protocol):
         """Work on rows from now on comes after that on memory of the pool which is free."""
 
     def make_transport(self, lane: Lane, bootstrap: Bootstrap) -> Transport: ...
+
+    def low_latency_memory(self) -> tuple[LlMemory, MakeCarrier]: ...
 
     def close(self) -> None: ...
 
@@ -104,6 +108,9 @@ class DeviceRows:
 
     def make_transport(self, lane: Lane, bootstrap: Bootstrap) -> Transport:
         return self._device.make_transport(lane, bootstrap)
+
+    def low_latency_memory(self) -> tuple[LlMemory, MakeCarrier]:
+        return self._device.low_latency_memory()
 
     def caller(self, options: CallOptions) -> Caller:
         return DeviceCaller(self._device, is_followed=options.previous_event is None)

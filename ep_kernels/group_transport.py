@@ -46,21 +46,87 @@ class PeerGroup(Protocol):
 
 
 @dataclass(frozen=True)
-class _Group:
-    """The chunks of a step, under way."""
+class GroupUnderWay:
+    """Transfers that were started together.
+
+    Attributes:
+        started: what the peers say when they have started theirs, and what they are told.
+        received: what comes, by node.
+    """
 
     work: Any
-    started: list[Transfer]  # what the peers of the step say, and what they are told
-    received: dict[int, torch.Tensor]
+    started: list[Transfer]
+    received: Tensors
 
 
-class GroupTransport(Transport):
-    """See above.
+class PeerGroups:
+    """Groups of transfers between the ends of a lane, and what their hosts say about them.
 
     Args:
         lane: to the other nodes.
         group: of the same ranks.
-        rows: the stream of the work that packs and reads chunks.
+        rows: the stream of the work that makes and reads what travels.
+    """
+
+    def __init__(self, lane: Lane, group: PeerGroup, rows: Stream) -> None:
+        self._lane, self._group, self._rows = lane, group, rows
+
+    def start(self, seq: int, sends: Tensors, recvs: Tensors) -> GroupUnderWay:
+        """Of call `seq`; at least one transfer."""
+        work = self._group.exchange(sends, recvs)
+        message = Message(seq=seq, kind=STARTED, phase=CHUNK_PHASE)
+        return GroupUnderWay(work, self._tell(sorted({*sends, *recvs}), message), recvs)
+
+    def is_over(self, group: GroupUnderWay) -> bool:
+        """Raises EPDeviceError if it has failed."""
+        return self._group.is_over(group.work)
+
+    def wait(self, group: GroupUnderWay) -> None:
+        """Blocks the host until it is over; work on rows comes after it from then on.
+
+        Raises:
+            EPTimeoutError: naming the rank to blame.
+        """
+        for transfer in group.started:
+            self._lane.wait(transfer)
+        try:
+            with self._lane.waiting_for(group.started[0].node):
+                is_over = wait_until(lambda: self.is_over(group), self._lane.deadline_s)
+            if not is_over:
+                self._blame(group, "the group of chunks is not over")
+            self._group.make_rows_wait(group.work)
+        except EPDeviceError as error:
+            self._rows.synchronize()  # raises if the device is to blame
+            self._blame(group, str(error))
+
+    def abort(self) -> None:
+        self._group.abort()
+
+    def _blame(self, group: GroupUnderWay, why: str) -> NoReturn:
+        """A group does not say who of several broke it: those that are there say so over the lane.
+
+        Raises:
+            EPTimeoutError: naming one that does not, or any of them if all do.
+        """
+        message = replace(group.started[0].message, kind=STUCK)
+        for transfer in self._tell(sorted({each.node for each in group.started}), message):
+            self._lane.wait(transfer)
+        raise self._lane.silence(group.started[0], why)
+
+    def _tell(self, nodes: list[int], message: Message) -> list[Transfer]:
+        """Starts to exchange a message without content with each node."""
+        return [
+            start(node, torch.zeros(1, dtype=torch.uint8), message)
+            for node in nodes
+            for start in (self._lane.irecv, self._lane.isend)
+        ]
+
+
+class GroupTransport(Transport):
+    """The chunks of a step are a group.
+
+    Args:
+        lane, group, rows: as in PeerGroups.
         new_memory: makes memory on the device, of so many bytes.
     """
 
@@ -71,16 +137,16 @@ class GroupTransport(Transport):
         rows: Stream,
         new_memory: Callable[[int], torch.Tensor],
     ) -> None:
-        self._lane, self._group, self._rows = lane, group, rows
+        self._lane, self._groups = lane, PeerGroups(lane, group, rows)
         self._slots = Slots(lane.topology.other_nodes, new_memory)
-        self._message = Message(seq=0, kind=STARTED, phase=CHUNK_PHASE)
+        self._seq = 0
         self._expected: dict[int, ChunkBytes] = {}
-        self._groups: dict[int, _Group] = {}
+        self._under_way: dict[int, GroupUnderWay] = {}
         self._bytes_sent = self._bytes_received = 0
 
     def begin(self, seq: int, num_bytes: int) -> None:
-        self._message = Message(seq=seq, kind=STARTED, phase=CHUNK_PHASE)
-        self._expected, self._groups = {}, {}
+        self._seq = seq
+        self._expected, self._under_way = {}, {}
         self._slots.reserve(num_bytes)
 
     def expect(self, step: int, chunks: ChunkBytes) -> None:
@@ -96,45 +162,16 @@ class GroupTransport(Transport):
         recvs = {node: self._slots.received(node, step, size) for node, size in expected.items()}
         if not sends and not recvs:
             return
-        work = self._group.exchange(sends, recvs)
-        started = self._tell(sorted({*sends, *recvs}), self._message)
-        self._groups[step] = _Group(work, started, recvs)
+        self._under_way[step] = self._groups.start(self._seq, sends, recvs)
         self._bytes_sent += sum(chunks.values())
         self._bytes_received += sum(expected.values())
 
     def receive(self, step: int) -> dict[int, torch.Tensor]:
-        group = self._groups.pop(step, None)
+        group = self._under_way.pop(step, None)
         if group is None:
             return {}
-        for transfer in group.started:
-            self._lane.wait(transfer)
-        try:
-            if not wait_until(lambda: self._group.is_over(group.work), self._lane.deadline_s):
-                self._blame(group, "the group of chunks is not over")
-            self._group.make_rows_wait(group.work)
-        except EPDeviceError as error:
-            self._rows.synchronize()  # raises if the device is to blame
-            self._blame(group, str(error))
-        return group.received
-
-    def _blame(self, group: _Group, why: str) -> NoReturn:
-        """A group does not say who of several broke it: those that are there say so over the lane.
-
-        Raises:
-            EPTimeoutError: naming one that does not, or any of them if all do.
-        """
-        message = replace(self._message, kind=STUCK)
-        for transfer in self._tell(sorted({each.node for each in group.started}), message):
-            self._lane.wait(transfer)
-        raise self._lane.silence(group.started[0], why)
-
-    def _tell(self, nodes: list[int], message: Message) -> list[Transfer]:
-        """Starts to exchange a message without content with each node."""
-        return [
-            start(node, torch.zeros(1, dtype=torch.uint8), message)
-            for node in nodes
-            for start in (self._lane.irecv, self._lane.isend)
-        ]
+        self._groups.wait(group)
+        return dict(group.received)
 
     def release(self, step: int) -> None:
         """The group that writes there next comes after the work that reads it."""
@@ -151,4 +188,4 @@ class GroupTransport(Transport):
         )
 
     def close(self) -> None:
-        self._group.abort()
+        self._groups.abort()

@@ -10,8 +10,10 @@ order. Every wait ends: with the message, with the deadline, or because the peer
 from __future__ import annotations
 
 import abc
+import contextlib
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +98,7 @@ class Lane(abc.ABC):
 
     Attributes:
         on_wait: is told the rank that a wait is for, and -1 after it.
+        waited_us: [R] int64, microseconds that wait() has taken for each rank.
         deadline_s: of each wait.
         places: where ranks are, for errors; that of the group if the lane connects all its ranks.
     """
@@ -103,6 +106,7 @@ class Lane(abc.ABC):
     def __init__(self, topology: Topology, timeout_s: float) -> None:
         self.topology = self.places = topology
         self.on_wait: Callable[[int], None] = lambda rank: None
+        self.waited_us = torch.zeros(topology.num_ranks, dtype=torch.int64)
         # Local waits for the same culprit end first, and know more.
         self.deadline_s = 1.1 * timeout_s
         self._is_closed = self._has_said = False
@@ -127,11 +131,22 @@ class Lane(abc.ABC):
         Raises:
             EPTimeoutError: naming the rank to blame, and its node.
         """
-        self.on_wait(self.topology.lane_rank(transfer.node))
-        lost = self._wait(transfer)
-        self.on_wait(-1)
+        begin_ns = time.monotonic_ns()
+        with self.waiting_for(transfer.node):
+            lost = self._wait(transfer)
+        waited_us = (time.monotonic_ns() - begin_ns) // 1000
+        self.waited_us[self.topology.lane_rank(transfer.node)] += waited_us
         if lost is not None:
             raise self._error(transfer.node, transfer.message, lost)
+
+    @contextlib.contextmanager
+    def waiting_for(self, node: int) -> Iterator[None]:
+        """Tells on_wait that this rank waits for that node, by whatever means."""
+        self.on_wait(self.topology.lane_rank(node))
+        try:
+            yield
+        finally:
+            self.on_wait(-1)
 
     def silence(self, transfer: Transfer, why: str) -> EPTimeoutError:
         """The error for a peer from which something did not come by other means, though the
@@ -228,7 +243,10 @@ class Lane(abc.ABC):
 
 
 def make_lane(
-    bootstrap: Bootstrap, topology: Topology, timeout_s: float, on_wait: Callable[[int], None]
+    bootstrap: Bootstrap,
+    topology: Topology,
+    timeout_s: float,
+    on_wait: Callable[[int], None] = lambda rank: None,
 ) -> Lane:
     """Connects this rank with its lane; `on_wait` as in Lane. Collective.
 

@@ -1,8 +1,9 @@
-"""Messages of low-latency calls over several nodes: every rank with every other, in one hop.
+"""What ranks tell each other in low-latency calls over several nodes: each rank all others, in one
+hop.
 
-    announce   a header of each rank to each other one: what call it makes, the rows that it sends
-               to each expert; all ranks compare all of them
-    send       rows, of a size that both ends know from the headers
+    announce        a header of each rank to each other one: what call it makes, the rows that it
+                    sends to each expert; all ranks compare all of them
+    exchange_rows   rows, of sizes that both ends know from the headers; ll_carriers.py moves them
 
 docs/low-latency.md has the protocol.
 """
@@ -12,24 +13,25 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from ep_kernels import _native
+from ep_kernels._native import PHASES
 from ep_kernels._native_ll import ll_library
 from ep_kernels.bootstrap import Bootstrap
-from ep_kernels.errors import EPConfigError, EPTimeoutError
-from ep_kernels.lanes import Lane, Message, Transfer, make_lane
+from ep_kernels.errors import EPConfigError, EPError, EPTimeoutError
+from ep_kernels.lanes import Lane, Message, make_lane
+from ep_kernels.ll_carriers import ROWS_PHASE, ArrivingRows, MakeCarrier
 from ep_kernels.topology import Topology
 
 DISPATCH, COMBINE, BARRIER, REFUSED = 1, 2, 3, 4
 """Operations, as LlOp in `csrc/core/ll_protocol.h`."""
 
-HEADER, ROWS = 0, 1  # kinds of messages
-HEADER_PHASE, ROWS_PHASE = 2, 5
+HEADER = 0  # a kind of messages; ll_carriers.py and group_transport.py have the others
+HEADER_PHASE = 2
 MAX_TEXT = 512
 
 
@@ -68,10 +70,14 @@ class LlExchange:
         bootstrap, topology: of the group.
         num_experts: E.
         timeout_s: of each wait.
+        make_carrier: for rows.
         fail: is told the error when a rank is lost, after which no call can be made.
 
+    Attributes:
+        waited_us: as in Lane.
+
     Raises:
-        EPConfigError, EPDeviceError: as make_lane(), on all ranks.
+        EPConfigError, EPDeviceError: as make_lane() and make_carrier(), on all ranks.
     """
 
     def __init__(
@@ -80,23 +86,21 @@ class LlExchange:
         topology: Topology,
         num_experts: int,
         timeout_s: float,
+        make_carrier: MakeCarrier,
         fail: Callable[[EPTimeoutError], None],
     ) -> None:
         self._num_experts, self._fail = num_experts, fail
         self.rank, self.num_ranks = topology.rank, topology.num_ranks
         every_rank = dataclasses.replace(topology, num_local_ranks=1)
-        self.waited_us = torch.zeros(self.num_ranks, dtype=torch.int64)
-        self._awaited, self._since_ns = -1, 0
-        self._lane: Lane = make_lane(bootstrap, every_rank, timeout_s, self._waiting_for)
+        self._lane: Lane = make_lane(bootstrap, every_rank, timeout_s)
         self._lane.places = topology
-        self._under_way: list[Transfer] = []  # rows that nobody waits for yet
+        self.waited_us = self._lane.waited_us
+        try:
+            self._carrier = make_carrier(self._lane, bootstrap)
+        except BaseException:
+            self._lane.close()
+            raise
         self._error: EPTimeoutError | None = None
-
-    def _waiting_for(self, rank: int) -> None:
-        now_ns = time.monotonic_ns()
-        if self._awaited >= 0:
-            self.waited_us[self._awaited] += (now_ns - self._since_ns) // 1000
-        self._awaited, self._since_ns = rank, now_ns
 
     @property
     def peers(self) -> list[int]:
@@ -112,58 +116,62 @@ class LlExchange:
         message = Message(seq=seq, kind=HEADER, phase=HEADER_PHASE)
         sent = self._encode(own)
         received = {peer: torch.empty_like(sent) for peer in self.peers}
-        arriving = [self._start(peer, received[peer], message) for peer in self.peers]
-        leaving = [self._start(peer, sent, message, is_send=True) for peer in self.peers]
-        for transfer in [*arriving, *leaving]:
-            self.wait(transfer)
-        self.finish()
+        with self._losing():
+            lane = self._lane
+            arriving = [lane.irecv(peer, received[peer], message) for peer in self.peers]
+            leaving = [lane.isend(peer, sent, message) for peer in self.peers]
+            for transfer in [*arriving, *leaving]:
+                lane.wait(transfer)
+            self._carrier.settle()
         headers = [self._decode(received.get(rank, sent)) for rank in range(self.num_ranks)]
         self._compare(headers)
         return headers
 
-    def send(self, seq: int, peer: int, rows: torch.Tensor) -> None:
-        """Starts to send a contiguous uint8 tensor, which is kept until it has gone."""
-        if rows.numel() > 0:
-            message = Message(seq=seq, kind=ROWS, phase=ROWS_PHASE, is_chunk=True)
-            self._under_way.append(self._start(peer, rows, message, is_send=True))
+    def exchange_rows(
+        self, seq: int, sends: Mapping[int, torch.Tensor], recv_bytes: Mapping[int, int]
+    ) -> ArrivingRows:
+        """Starts to send rows [N] uint8 to peers, and to receive from peers. Those without rows
+        may be left out."""
+        with self._losing():
+            return self._carrier.start(
+                seq,
+                {peer: rows for peer, rows in sends.items() if len(rows) > 0},
+                {peer: size for peer, size in recv_bytes.items() if size > 0},
+            )
 
-    def receive(self, seq: int, peer: int, num_bytes: int) -> Transfer | None:
-        """Starts to receive rows; None if there are none."""
-        if num_bytes == 0:
-            return None
-        message = Message(seq=seq, kind=ROWS, phase=ROWS_PHASE, is_chunk=True)
-        return self._start(peer, torch.empty(num_bytes, dtype=torch.uint8), message)
+    def take(self, arriving: ArrivingRows, peer: int) -> torch.Tensor | None:
+        """What a peer has sent, when it is there; None for no rows."""
+        with self._losing():
+            return self._carrier.take(arriving, peer)
 
-    def finish(self) -> None:
+    def settle(self) -> None:
         """Waits until what this rank has sent has gone. Peers receive it in the send half of the
         same call, so this waits for nobody's hook."""
-        while self._under_way:
-            self.wait(self._under_way.pop())
+        with self._losing():
+            self._carrier.settle()
 
-    def abandon(self, transfers: Iterable[Transfer | None]) -> None:
+    def abandon(self, arriving: ArrivingRows) -> None:
         """Nobody wants these rows any more; their memory is kept until they have come."""
-        self._under_way += [transfer for transfer in transfers if transfer is not None]
-
-    def wait(self, transfer: Transfer) -> None:
-        """Raises EPTimeoutError, here and from now on, if the peer is lost."""
-        self.check_usable()
-        try:
-            self._lane.wait(transfer)
-        except EPTimeoutError as error:
-            self._lose(error)
-            raise
+        self._carrier.abandon(arriving)
 
     def close(self) -> None:
-        with contextlib.suppress(EPTimeoutError):
-            self.finish()
+        with contextlib.suppress(EPError):
+            self.settle()
         self._lane.close()
+        self._carrier.close()
 
-    def _start(
-        self, peer: int, tensor: torch.Tensor, message: Message, *, is_send: bool = False
-    ) -> Transfer:
+    def give_up(self, error: BaseException) -> None:
+        """This rank has failed in the middle of a call: the others need not wait for it."""
+        text = f"rank {self.rank}: {type(error).__name__}: {error}"
+        phase = PHASES[ROWS_PHASE]
+        self._lose(EPTimeoutError(text, rank=self.rank, phase=phase, peer=self.rank))
+
+    @contextlib.contextmanager
+    def _losing(self) -> Iterator[None]:
+        """Raises EPTimeoutError, here and from now on, if a rank is lost."""
         self.check_usable()
         try:
-            return (self._lane.isend if is_send else self._lane.irecv)(peer, tensor, message)
+            yield
         except EPTimeoutError as error:
             self._lose(error)
             raise
@@ -176,6 +184,7 @@ class LlExchange:
     def _lose(self, error: EPTimeoutError) -> None:
         self._error = error
         self._lane.close(self.rank if error.peer is None else error.peer)
+        self._carrier.close()
         self._fail(error)
 
     def _encode(self, header: Header) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ import torch
 
 from ep_kernels.bootstrap import MpiBootstrap
 from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
-from ep_kernels.group_transport import GroupTransport, Tensors
+from ep_kernels.group_transport import Tensors
 from ep_kernels.lanes import Lane
 from ep_kernels.streams import CudaStream, device_errors, wait_until
 
@@ -88,12 +87,7 @@ class NcclGroup:
                 self._group.abort()
 
 
-def make_nccl_transport(
-    lane: Lane,
-    bootstrap: Bootstrap,
-    rows: CudaStream,
-    new_memory: Callable[[int], torch.Tensor],
-) -> GroupTransport:
+def make_nccl_group(lane: Lane, bootstrap: Bootstrap, rows: CudaStream) -> NcclGroup:
     """Collective.
 
     Raises:
@@ -120,4 +114,4 @@ def make_nccl_transport(
                 group.abort()
             raise type(found)(f"rank {rank}: {found}")
     assert group is not None
-    return GroupTransport(lane, group, rows, new_memory)
+    return group

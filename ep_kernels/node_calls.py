@@ -20,6 +20,8 @@ from ep_kernels.cpu_backend import CpuBackend, order_after
 from ep_kernels.errors import EPConfigError, EPError, EPTimeoutError
 from ep_kernels.event import Event
 from ep_kernels.lanes import ScaleoutStats
+from ep_kernels.ll_carriers import MakeCarrier
+from ep_kernels.ll_memory import LlMemory
 from ep_kernels.node_control import NodeControl
 from ep_kernels.node_rows import Caller, NodeRows
 from ep_kernels.pool import Reservation
@@ -92,6 +94,10 @@ class NodeCalls:
     def scaleout_stats(self) -> ScaleoutStats:
         assert self._transport is not None
         return self._transport.stats()
+
+    def low_latency_memory(self) -> tuple[LlMemory, MakeCarrier]:
+        """Where rows of low-latency calls are, and what makes that which moves them."""
+        return self._rows.low_latency_memory()
 
     # Calls
 

@@ -6,7 +6,7 @@ whose messages each rank hands on to its node as the proxy of their senders.
 from __future__ import annotations
 
 import ctypes
-import time
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,17 +55,9 @@ class NodeControl:
     ) -> None:
         self.core, self._topology = core, topology
         self.functions = lane_library()
-        self.waited_us = torch.zeros(topology.num_ranks, dtype=torch.int64)
-        self._awaited, self._since_ns = -1, 0
-        self.lane: Lane = make_lane(bootstrap, topology, timeout_s, self._waiting_for)
-
-    def _waiting_for(self, rank: int) -> None:
-        """The lane waits for a rank from now on, or for none: -1."""
-        self.step("waiting_for", rank)
-        now_ns = time.monotonic_ns()
-        if self._awaited >= 0:
-            self.waited_us[self._awaited] += (now_ns - self._since_ns) // 1000
-        self._awaited, self._since_ns = rank, now_ns
+        on_wait = functools.partial(self.step, "waiting_for")
+        self.lane: Lane = make_lane(bootstrap, topology, timeout_s, on_wait)
+        self.waited_us = self.lane.waited_us
 
     def step(self, name: str, *arguments: Any) -> None:
         """Calls ep_lane_<name>(buffer, ...) of the host."""

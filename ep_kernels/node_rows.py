@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ep_kernels.cpu_backend import CpuBackend
     from ep_kernels.handle import RoutingMemory
     from ep_kernels.lanes import Lane
+    from ep_kernels.ll_carriers import MakeCarrier
+    from ep_kernels.ll_memory import LlMemory
     from ep_kernels.pool import Reservation
     from ep_kernels.transport import Transport
 
@@ -51,6 +53,9 @@ class NodeRows(Protocol):
 
     def make_transport(self, lane: Lane, bootstrap: Bootstrap) -> Transport:
         """Collective. Raises EPConfigError, EPDeviceError on all ranks."""
+
+    def low_latency_memory(self) -> tuple[LlMemory, MakeCarrier]:
+        """As NodeCalls."""
 
     def caller(self, options: CallOptions) -> Caller:
         """Who makes a call, now."""
@@ -120,6 +125,13 @@ class HostRows:
         from ep_kernels.transport import LaneTransport
 
         return LaneTransport(lane)
+
+    def low_latency_memory(self) -> tuple[LlMemory, MakeCarrier]:
+        from ep_kernels.ll_carriers import LaneCarrier
+        from ep_kernels.ll_memory import HostLlMemory
+
+        memory = HostLlMemory()
+        return memory, lambda lane, bootstrap: LaneCarrier(lane, memory)
 
     def caller(self, options: CallOptions) -> Caller:
         return HostCaller()

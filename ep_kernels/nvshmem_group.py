@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
-from ep_kernels.group_transport import GroupTransport, PeerGroup, Tensors
+from ep_kernels.group_transport import PeerGroup, Tensors
 from ep_kernels.nvshmem import NvshmemLane, NvshmemOptions
 from ep_kernels.streams import device_errors
 
 if TYPE_CHECKING:
-    import torch
-
     from ep_kernels.bootstrap import Bootstrap
     from ep_kernels.config import Settings
     from ep_kernels.lanes import Lane
@@ -107,15 +105,9 @@ class NvshmemGroup(PeerGroup):
             give_back(False)
 
 
-def make_nvshmem_transport(
-    lane: Lane,
-    bootstrap: Bootstrap,
-    settings: Settings,
-    rows: CudaStream,
-    *,
-    network: CudaStream,
-    new_memory: Callable[[int], torch.Tensor],
-) -> GroupTransport:
+def make_nvshmem_group(
+    lane: Lane, bootstrap: Bootstrap, settings: Settings, rows: CudaStream, *, network: CudaStream
+) -> NvshmemGroup:
     """Collective.
 
     Raises:
@@ -141,8 +133,7 @@ def make_nvshmem_transport(
         if is_usable:
             _kept[kept.name] = kept
 
-    group = NvshmemGroup(kept.rings, rows, network, give_back)
-    return GroupTransport(lane, group, rows, new_memory)
+    return NvshmemGroup(kept.rings, rows, network, give_back)
 
 
 def take_rings(

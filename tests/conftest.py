@@ -18,7 +18,7 @@ from backends import BACKENDS, BY_NAME, OVER_NODES, param
 
 from ep_kernels.testing import RankPool, RankServer, launch
 
-LL_BACKENDS = ("cpu", "nodes", "cuda")
+LL_BACKENDS = ("cpu", "cuda", *OVER_NODES)
 
 
 def pytest_addoption(parser):
@@ -96,10 +96,10 @@ def ll_backends(metafunc):
     cpu_only = metafunc.definition.get_closest_marker("cpu_only")
     one_node = metafunc.definition.get_closest_marker("one_node")
     for backend in metafunc.config.getoption("--backend") or BACKENDS:
-        if backend in LL_BACKENDS and not (backend == "nodes" and one_node):
-            is_skipped = cpu_only and backend == "cuda"
+        if backend in LL_BACKENDS and not (backend in OVER_NODES and one_node):
+            is_skipped = cpu_only and backend in ("cuda", "cuda_nodes")
             marks = [pytest.mark.skip(reason=cpu_only.args[0])] if is_skipped else []
-            yield pytest.param(backend, marks=marks)
+            yield pytest.param(backend, marks=marks) if marks else param(backend)
 
 
 @pytest.fixture(scope="session")

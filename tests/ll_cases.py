@@ -31,7 +31,7 @@ def backend():
 def run_on(rank, backend, function, *args):
     """Runs a function of a rank with buffers of `backend`."""
     _backend[0] = backend
-    if backend == "cuda":  # as a program does: its streams are those of its GPU
+    if backend in ("cuda", "cuda_nodes"):  # as a program does: its streams are those of its GPU
         torch.cuda.set_device(rank % torch.cuda.device_count())
     try:
         return function(rank, *args)

@@ -259,7 +259,6 @@ def on_rank_nodes(rank):
         buffer.mask_rank(1 - rank)
 
 
-@pytest.mark.cpu_only("GPUs of several nodes are refused with or without masks")
 def test_ranks_of_several_nodes_cannot_be_masked(rank_pool):
     rank_pool.get(2).run(on_rank_nodes)
 

@@ -17,15 +17,17 @@ from unittest import mock
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
 
 from ep_kernels import _native, buffer
 from ep_kernels._native_lane import OFFER_WORDS, LaneMergeArgs, LaneSums, lane_library
-from ep_kernels.cpu_backend import CpuBackend
+from ep_kernels.cpu_backend import CpuBackend, tensor_at
 from ep_kernels.cuda_nodes import agree_on_transport, make_core
 from ep_kernels.device_rows import DeviceRows
 from ep_kernels.errors import EPDeviceError
-from ep_kernels.group_transport import GroupTransport
+from ep_kernels.group_transport import GroupTransport, PeerGroups
 from ep_kernels.hierarchical import HierarchicalBackend
+from ep_kernels.ll_carriers import GroupCarrier, LaneCarrier
 from ep_kernels.transport import HostTransport
 
 
@@ -158,8 +160,70 @@ class HostDevice:
             )
         return HostTransport(lane, self.rows, self.new_stream, self.new_memory)
 
+    def low_latency_memory(self):
+        memory = TwinLlMemory()
+
+        def make_carrier(lane, bootstrap):
+            if agree_on_transport(bootstrap) != "nccl":
+                return LaneCarrier(lane, memory)
+            stream, name = LazyStream(), bootstrap.all_gather(uuid.uuid4().hex)[0]
+            group = GlooGroup(lane, name, stream)
+            return GroupCarrier(PeerGroups(lane, group, stream), memory)
+
+        return memory, make_carrier
+
     def close(self):
         pass
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that does not work together with tensors of the host."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, torch.Tensor) and not isinstance(value, OnDevice):
+                assert value.dim() == 0, f"{func.__name__}: a tensor of the host"
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class TwinLlMemory:
+    """Work on rows must lie within half(), and keep host and device apart."""
+
+    def __init__(self):
+        self._is_in_half = False
+
+    def check_callable(self):
+        pass
+
+    @contextlib.contextmanager
+    def half(self, *, is_caller_waiting=True):
+        assert not self._is_in_half
+        self._is_in_half = True
+        try:
+            yield
+        finally:
+            self._is_in_half = False
+
+    def empty(self, num_bytes):
+        return known_memory(num_bytes, 0x5A).as_subclass(OnDevice)
+
+    def host_memory(self, num_bytes):
+        return known_memory(num_bytes, 0x3C)
+
+    def at(self, address, shape, dtype):
+        assert self._is_in_half
+        return tensor_at(address, shape, dtype).as_subclass(OnDevice)
+
+    def to_host(self, tensors):
+        assert self._is_in_half
+        assert all(isinstance(tensor, OnDevice) for tensor in tensors)
+        return [tensor.as_subclass(torch.Tensor).clone() for tensor in tensors]
+
+    def from_host(self, tensor):
+        assert self._is_in_half
+        assert not isinstance(tensor, OnDevice)
+        return tensor.clone().as_subclass(OnDevice)
 
 
 class GlooGroup:
@@ -237,4 +301,10 @@ def make_buffer(group, **options):
         return TwinBackend(bootstrap, replace(settings, low_latency_bytes=0), topology)
 
     with mock.patch.object(buffer, "_make_backend", make):
-        return buffer.Buffer(group, **options)
+        made = buffer.Buffer(group, **options)
+    if made.topology.num_nodes > 1 and made._low_latency is not None:
+        region = made._low_latency._region
+        view = region.view
+        # Those who call see tensors as their host does.
+        region.view = lambda *arguments: view(*arguments).as_subclass(torch.Tensor)
+    return made
