@@ -57,6 +57,7 @@ class Sizes(Structure):
         ("row_type", c_int32),
         ("expert_alignment", c_int32),
         ("num_threads", c_int32),
+        ("scale_type", c_int32),
     ]
 
 

@@ -19,7 +19,7 @@ from ep_kernels._native import (
 )
 
 OFFER_WORDS = 6  # int64 words of an Offer
-NUM_POST_FIELDS = 10
+NUM_POST_FIELDS = 11
 MAX_TEXT = 512
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+from ep_kernels.errors import EPError
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +30,23 @@ class CallOptions:
     num_sms: int | None
     cumulative_recv_stats: torch.Tensor | None = None
     wait_recv_cost_stats: torch.Tensor | None = None
+
+
+def wait_for_previous(options: CallOptions, refuse: Callable[[str], None]) -> None:
+    """Blocks the host; for events of other buffers, since calls of one run in order anyway. If that
+    call failed, this one is not made, and `refuse` tells the peers so.
+
+    Raises:
+        EPError: that call's.
+    """
+    if options.previous_event is None:
+        return
+    try:
+        options.previous_event.wait()
+    except EPError as error:
+        with contextlib.suppress(EPError):  # of a buffer that has failed itself
+            refuse(f"previous_event: {error}")
+        raise
 
 
 @dataclass(frozen=True, kw_only=True)

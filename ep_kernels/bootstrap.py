@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 from ep_kernels import env
+from ep_kernels.config import MAX_TIMEOUT_S
 from ep_kernels.errors import EPConfigError, EPDeviceError, EPTimeoutError
 
 
@@ -165,8 +166,8 @@ def make_bootstrap(
         return _wrap_group(group)
     bootstrap, members = check_ranks(group, ranks)
     wait_s = env.default_timeout_s()
-    if isinstance(timeout_s, (int, float)) and timeout_s > 0:  # else refused with the rest
-        wait_s = timeout_s
+    if isinstance(timeout_s, (int, float)) and 0 < timeout_s <= MAX_TIMEOUT_S:
+        wait_s = timeout_s  # others are refused with the rest
     return _SubsetBootstrap(bootstrap, members, wait_s)
 
 

@@ -9,17 +9,18 @@ Symbols used in every docstring of this package:
 from __future__ import annotations
 
 import atexit
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from ep_kernels.backend import Backend, CallOptions
 from ep_kernels.bootstrap import Bootstrap, make_bootstrap
 from ep_kernels.checks import check_int
-from ep_kernels.config import ExpertToRank, Layout, Settings, agree_on_settings
+from ep_kernels.config import MAX_BYTES, ExpertToRank, Layout, Settings, agree_on_settings
 from ep_kernels.errors import EPConfigError
 from ep_kernels.event import Event
 from ep_kernels.handle import CombineResult, DispatchHandle, DispatchLayout, DispatchResult
@@ -42,6 +43,9 @@ class Buffer(LowLatencyCalls):
     and the matching call of every other rank raises EPConfigError that names the rank; nothing was
     sent and the buffer works on. After an EPTimeoutError the buffer is of no further use.
 
+    One thread at a time calls a buffer. Calls have no gradients: tensors that require them are
+    taken as they are; `ep_kernels.ops` and `megatron_ep.autograd` have those that do.
+
     Results lie in the rank's pool and stay valid until they are garbage-collected, also after
     destroy().
 
@@ -55,8 +59,9 @@ class Buffer(LowLatencyCalls):
             order, or "round_robin": expert e on rank e mod R. The experts of a rank are numbered
             locally in ascending order.
         device: where rows live: "cpu", "cuda" (the current device) or "cuda:N".
-        pool_bytes: limit of the memory for results on this rank. None: on the CPU the machine's
-            memory, taken when first used; on a GPU, where it is taken at once, an eighth of it.
+        pool_bytes: limit of the memory for results on this rank, the same on all. None: on the CPU
+            the machine's memory, taken when first used; on a GPU, where it is taken at once, an
+            eighth of it; the smallest of all ranks.
         timeout_s: how long a rank waits for a silent peer. None: 60, or EP_KERNELS_TIMEOUT_S.
         num_sms: worker threads (CPU) or SMs (GPU) of this rank's transfers. None: the machine's
             cores over the ranks of a node; on a GPU EP_KERNELS_NUM_SMS, or as many as the measured
@@ -287,16 +292,22 @@ class Buffer(LowLatencyCalls):
             x, handle, topk_weights=topk_weights, bias=bias, options=options
         )
 
-    def empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    def empty(self, *shape: int | Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised tensor in this rank's pool; combine() reads it where it is.
+
+        Args:
+            shape: sizes, or one sequence of them, as in torch.empty().
+            dtype: of the elements.
 
         Raises:
             EPConfigError: a size is no number of elements, or the buffer was destroyed.
             EPDeviceError: the pool is full.
         """
-        for size in shape:
-            check_int("shape", size, low=0)
-        return self._usable_backend().empty(shape, dtype)
+        given = shape[0] if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
+        sizes = tuple(check_int("shape", size, low=0) for size in given)
+        if math.prod(sizes) > MAX_BYTES // dtype.itemsize:
+            raise EPConfigError(f"shape={sizes} is more than any pool can hold")
+        return self._usable_backend().empty(sizes, dtype)
 
     @contextmanager
     def memory_pool(self) -> Iterator[None]:
@@ -334,6 +345,15 @@ class Buffer(LowLatencyCalls):
             EPConfigError: the tensors do not fit together. Others than those cannot be told apart.
         """
         return self._usable().restore_handle(words, call)
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Takes part in a high-throughput call that this rank cannot make, for code that checks
+        arguments of its own: the matching calls of the other ranks raise EPConfigError.
+
+        Raises:
+            EPConfigError: with `reason`.
+        """
+        self._usable().refuse(reason)
 
     def barrier(self) -> None:
         """Returns once every rank has called it and all earlier calls have finished."""

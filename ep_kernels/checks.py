@@ -14,6 +14,7 @@ import torch
 
 from ep_kernels.config import Layout
 from ep_kernels.errors import EPConfigError
+from ep_kernels.event import Event
 
 
 class _Handle(Protocol):
@@ -35,14 +36,15 @@ ROW_TYPES: dict[torch.dtype, int] = {
 }
 """dtypes of rows and their codes in the compiled core (`csrc/core/types.h`)."""
 
+SCALE_TYPES: dict[torch.dtype, int] = {torch.float32: 1, torch.int32: 2}
+"""dtypes of scales and their codes there; 0 is none."""
+
 H = TypeVar("H", bound=_Handle)
 
 FP8 = torch.float8_e4m3fn
 WEIGHT_DTYPES = (torch.float32, torch.float64)
-SCALE_DTYPES = (torch.float32, torch.int32)
 RECV_STATS_DTYPES = (torch.int32, torch.int64)
 ROW_ALIGNMENT_BYTES = 16
-MAX_NUM_SMS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,10 @@ class Rows:
     @property
     def row_type(self) -> int:
         return ROW_TYPES[self.x.dtype]
+
+    @property
+    def scale_type(self) -> int:
+        return 0 if self.scales is None else SCALE_TYPES[self.scales.dtype]
 
 
 def _names(dtypes: Any) -> str:
@@ -150,7 +156,7 @@ def check_rows(x: Any, *, num_rows: int | None, device: torch.device) -> Rows:
     check_aligned("x", x)
     if scales is not None:
         scales = check_tensor(
-            "scales", scales, dtypes=SCALE_DTYPES, shape=(x.shape[0], None), device=device
+            "scales", scales, dtypes=SCALE_TYPES, shape=(x.shape[0], None), device=device
         )
         if x.dtype != FP8:
             raise EPConfigError(
@@ -180,6 +186,17 @@ def check_int(name: str, value: Any, *, low: int, high: int | None = None) -> in
         limit = f"at least {low}" if high is None else f"in [{low}, {high}]"
         raise EPConfigError(f"{name}={value} is out of range, expected {limit}")
     return value
+
+
+def check_order(async_op: Any, previous_event: Any) -> None:
+    """When a call runs."""
+    if not isinstance(async_op, bool):
+        raise EPConfigError(
+            f"async_op={async_op!r} is a {type(async_op).__name__}, expected a bool"
+        )
+    if previous_event is not None and not isinstance(previous_event, Event):
+        kind = type(previous_event).__name__
+        raise EPConfigError(f"previous_event={previous_event!r} is a {kind}, expected an Event")
 
 
 def check_recv_stats(stats: Any, num_local_experts: int, device: torch.device) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import enum
+import math
+import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Union
 
 from ep_kernels import env
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
 
 
 DEFAULT_STAGING_BYTES = 32 << 20
+MAX_BYTES = 1 << 60
+MAX_NUM_SMS = 1024
+MAX_TIMEOUT_S = 1e7
+"""Far beyond any use; nanoseconds of some times this still fit in 64 bits."""
 
 
 class Layout(enum.Enum):
@@ -49,7 +55,7 @@ def make_expert_to_rank(
     if expert_to_rank is None or isinstance(expert_to_rank, str):
         return place_experts(expert_to_rank or "linear", num_experts, num_ranks)
     try:
-        table = tuple(int(rank) for rank in expert_to_rank)
+        table = tuple(operator.index(rank) for rank in expert_to_rank)
     except (TypeError, ValueError):
         raise EPConfigError(f"expert_to_rank={expert_to_rank!r} is not a list of ints") from None
     if len(table) != num_experts:
@@ -72,6 +78,7 @@ class Settings:
     expert_to_rank: tuple[int, ...]
     device: str
     pool_bytes: int
+    has_default_pool: bool
     timeout_s: float
     num_sms: int | None
     num_local_ranks: int | None
@@ -81,7 +88,7 @@ class Settings:
     send_once: str
 
     # May differ between ranks; the kind of device may not.
-    LOCAL = ("timeout_s", "num_sms", "device", "staging_bytes")
+    LOCAL = ("timeout_s", "num_sms", "device", "staging_bytes", "has_default_pool")
 
     @classmethod
     def check(
@@ -105,14 +112,23 @@ class Settings:
             num_experts=num_experts,
             expert_to_rank=make_expert_to_rank(num_experts, expert_to_rank, num_ranks),
             device=name,
-            pool_bytes=int(
-                _positive("pool_bytes", pool_bytes, lambda: env.default_pool_bytes(name))
+            pool_bytes=_whole(
+                "pool_bytes",
+                env.default_pool_bytes(name) if pool_bytes is None else pool_bytes,
+                high=MAX_BYTES,
             ),
-            timeout_s=_positive("timeout_s", timeout_s, env.default_timeout_s),
+            has_default_pool=pool_bytes is None,
+            timeout_s=_positive(
+                "timeout_s",
+                env.default_timeout_s() if timeout_s is None else timeout_s,
+                high=MAX_TIMEOUT_S,
+            ),
             num_sms=_num_sms(num_sms, name),
             num_local_ranks=_check_num_local_ranks(num_local_ranks, num_ranks),
-            staging_bytes=int(
-                _positive("staging_bytes", staging_bytes, lambda: DEFAULT_STAGING_BYTES)
+            staging_bytes=_whole(
+                "staging_bytes",
+                DEFAULT_STAGING_BYTES if staging_bytes is None else staging_bytes,
+                high=MAX_BYTES,
             ),
             low_latency_bytes=_check_low_latency_bytes(low_latency_bytes),
             mask_silent_ranks=bool(mask_silent_ranks),
@@ -128,11 +144,11 @@ class Settings:
 def _num_sms(value: int | None, device: str) -> int | None:
     if value is None:
         return None if device == "cpu" else env.num_sms()
-    return int(_positive("num_sms", value))
+    return _whole("num_sms", value, high=MAX_NUM_SMS)
 
 
 def _check_low_latency_bytes(value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_BYTES:
         raise EPConfigError(f"low_latency_bytes={value!r} is not a number of bytes")
     return value
 
@@ -167,36 +183,54 @@ def _check_device(device: str | torch.device) -> str:
     return f"cuda:{index}"
 
 
-def _positive(name: str, value: float | None, default: Callable[[], float] | None = None) -> float:
-    if value is None and default is not None:
-        return default()
+def _positive(name: str, value: float, *, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
         raise EPConfigError(f"{name}={value!r} is not a positive number")
+    if value > high:
+        raise EPConfigError(f"{name}={value!r} is more than {high:g}")
     return value
+
+
+def _whole(name: str, value: float, *, high: int) -> int:
+    """A positive number without a fraction; 1e9 is one."""
+    number = _positive(name, value, high=high)
+    if math.floor(number) != number:
+        raise EPConfigError(f"{name}={value!r} is not a whole number")
+    return int(number)
 
 
 def agree_on_settings(bootstrap: Bootstrap, check: Callable[[], Settings]) -> Settings:
     """Runs `check` on every rank and compares the outcomes. Collective.
 
+    Where no rank was given a size of its pool, all take the smallest of their defaults: machines
+    differ a little.
+
     Raises:
         EPConfigError: on every rank, if `check` raised it on one (naming that rank) or ranks
             disagree (naming the field and both values).
+        Exception: what else `check` raised, on that rank.
     """
-    problem: EPConfigError | None = None
+    problem: Exception | None = None
     mine: dict[str, Any] = {}
     settings: Settings | None = None
     try:
         settings = check()
         mine = {f.name: getattr(settings, f.name) for f in fields(Settings)}
-    except EPConfigError as error:
+    except Exception as error:  # whichever: the others wait for this rank
         problem = error
-    outcomes = bootstrap.all_gather((mine, str(problem or "")))
+    text = "" if problem is None else str(problem) or type(problem).__name__
+    outcomes = bootstrap.all_gather((mine, text))
     if problem is not None:
         raise problem
     assert settings is not None
     for rank, (_, message) in enumerate(outcomes):
         if message:
             raise EPConfigError(f"rank {rank} refused to make this buffer: {message}")
+    if all(theirs["has_default_pool"] for theirs, _ in outcomes):
+        smallest = min(theirs["pool_bytes"] for theirs, _ in outcomes)
+        for theirs, _ in outcomes:
+            theirs["pool_bytes"] = smallest
+        settings = replace(settings, pool_bytes=smallest)
     for rank, (theirs, _) in enumerate(outcomes):
         kinds = outcomes[0][0]["device"].split(":")[0], theirs["device"].split(":")[0]
         if kinds[0] != kinds[1]:

@@ -13,7 +13,7 @@ import torch
 
 from ep_kernels import _native, env
 from ep_kernels._native import CombineArgs, DispatchArgs
-from ep_kernels.backend import CallOptions, FreshDispatch
+from ep_kernels.backend import CallOptions, FreshDispatch, wait_for_previous
 from ep_kernels.bootstrap import Bootstrap
 from ep_kernels.config import Settings
 from ep_kernels.errors import EPDeviceError, EPError
@@ -80,7 +80,6 @@ class CpuBackend:
     chains_rows = False
 
     def __init__(self, bootstrap: Bootstrap, settings: Settings, topology: Topology) -> None:
-        self._library = _native.cpu_library()
         self._pid = os.getpid()
         self._pool_base = 0
         self._pool_bytes = settings.total_pool_bytes
@@ -100,6 +99,7 @@ class CpuBackend:
         self._pool_base = address - offset
 
     def _create(self, topology: Topology, settings: Settings, fd: ctypes.c_int32) -> None:
+        self._library = _native.cpu_library()
         experts = (ctypes.c_int32 * settings.num_experts)(*settings.expert_to_rank)
         config = _native.Config(
             rank=topology.rank,
@@ -252,7 +252,7 @@ class CpuBackend:
         self, args: DispatchArgs, memory: RoutingMemory, *, options: CallOptions
     ) -> tuple[int, HostCounts]:
         """First half of a fresh dispatch: fills the routing; returns the number of the call."""
-        order_after(options)
+        wait_for_previous(options, self.refuse)
         seq = ctypes.c_uint64()
         _native.call(self._library.ep_notify, self._buffer, ctypes.byref(args), ctypes.byref(seq))
         return seq.value, HostCounts.of(memory)
@@ -283,7 +283,7 @@ class CpuBackend:
         self, args: DispatchArgs, memory: RoutingMemory, *, keep: Any, options: CallOptions
     ) -> tuple[int, Event]:
         """A dispatch whose memory is known beforehand; returns its number and its event."""
-        order_after(options)
+        wait_for_previous(options, self.refuse)
         seq, op = ctypes.c_uint64(), ctypes.c_void_p()
         _native.call(
             self._library.ep_dispatch,
@@ -298,7 +298,7 @@ class CpuBackend:
     def combine(
         self, args: CombineArgs, memory: RoutingMemory, *, keep: Any, options: CallOptions
     ) -> Event:
-        order_after(options)
+        wait_for_previous(options, self.refuse)
         op = ctypes.c_void_p()
         _native.call(
             self._library.ep_combine,
@@ -350,9 +350,3 @@ class CpuBackend:
             self._when_destroyed.pop()()
         self._library.ep_buffer_delete(buffer)
         self._pending.clear()
-
-
-def order_after(options: CallOptions) -> None:
-    """Calls of one buffer run in order anyway; this is for the events of others."""
-    if options.previous_event is not None:
-        options.previous_event.wait()

@@ -23,7 +23,7 @@ import torch
 from ep_kernels import _native, _native_cuda
 from ep_kernels._native import CombineArgs, DispatchArgs
 from ep_kernels._native_cuda import CallOrder
-from ep_kernels.backend import CallOptions, FreshDispatch
+from ep_kernels.backend import CallOptions, FreshDispatch, wait_for_previous
 from ep_kernels.bootstrap import Bootstrap
 from ep_kernels.config import Settings
 from ep_kernels.cuda_memory_pool import TorchPools
@@ -478,7 +478,7 @@ class CudaBackend:
             return order
         operation, is_capturing = previous.operation, torch.cuda.is_current_stream_capturing()
         if not isinstance(operation, CudaOperation):
-            previous.wait()
+            wait_for_previous(options, self.refuse)
             order.follows_caller = int(is_capturing)
         elif operation.is_captured != is_capturing:
             pass  # a replay ends when its stream's work does; a capture begins with its own calls

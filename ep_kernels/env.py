@@ -18,6 +18,7 @@ What torchrun, Open MPI and SLURM say about the launch is read, too: ranks of a 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 
@@ -39,8 +40,8 @@ def _number(name: str, default: float) -> float:
         value = float(text) if text else default
     except ValueError:
         raise EPConfigError(f"environment variable {name}={text!r} is not a number") from None
-    if value <= 0:
-        raise EPConfigError(f"environment variable {name}={text!r} is not positive")
+    if not 0 < value < math.inf:
+        raise EPConfigError(f"environment variable {name}={text!r} is not a positive number")
     return value
 
 

@@ -23,10 +23,10 @@ class Operation(Protocol):
 class Event:
     """The end of one dispatch or combine.
 
-    Results of a call made with `async_op=True` may be used after `wait()`, after
-    `current_stream_wait()` by work submitted to the current stream later, or once `query()` is
-    true. As a context manager it makes the current stream wait on exit, so that work inside the
-    block overlaps the transfer.
+    Results of a call made with `async_op=True` may be used after `wait()`, or after
+    `current_stream_wait()` by work submitted to the current stream later. Once `query()` is true,
+    `wait()` returns at once, or raises: a call that failed has no results. As a context manager it
+    makes the current stream wait on exit, so that work inside the block overlaps the transfer.
 
     An event made without an operation is complete.
     """

@@ -9,14 +9,14 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from ep_kernels import checks
 from ep_kernels._native import CombineArgs, DispatchArgs, Routing, Sizes, address
 from ep_kernels.backend import Backend, CallOptions
-from ep_kernels.config import Layout
+from ep_kernels.config import MAX_NUM_SMS, Layout
 from ep_kernels.errors import EPConfigError, EPDeviceError
 from ep_kernels.event import Event
 from ep_kernels.handle import (
@@ -105,6 +105,7 @@ class HighThroughput:
         """See Buffer.dispatch()."""
         self._backend.poll()
         with self._refusing():
+            checks.check_order(options.async_op, options.previous_event)
             if isinstance(routing, NewRouting):
                 rows = checks.check_rows(x, num_rows=None, device=self._backend.device)
                 handle = self._new_handle(routing, rows.num_tokens, options)
@@ -160,6 +161,7 @@ class HighThroughput:
         """See Buffer.combine()."""
         self._backend.poll()
         with self._refusing():
+            checks.check_order(options.async_op, options.previous_event)
             handle = self._check_handle(handle)
             rows = checks.check_rows(x, num_rows=handle.num_rows, device=self._backend.device)
             if rows.x.dtype == checks.FP8:
@@ -195,10 +197,10 @@ class HighThroughput:
         event = self._backend.combine(args, handle.memory, keep=keep, options=options)
         return CombineResult(x=out.tensor(), topk_weights=tensor_of(out_weights), event=event)
 
-    def refuse(self, reason: str) -> None:
+    def refuse(self, reason: str) -> NoReturn:
         """Raises EPConfigError(reason) here and, naming this rank, on the peers."""
-        with self._refusing():
-            raise EPConfigError(reason)
+        self._backend.refuse(reason)
+        raise EPConfigError(reason)
 
     @contextlib.contextmanager
     def _refusing(self) -> Iterator[None]:
@@ -306,7 +308,7 @@ class HighThroughput:
         num_sms: int | None,
     ) -> Sizes:
         if num_sms is not None:
-            checks.check_int("num_sms", num_sms, low=1, high=checks.MAX_NUM_SMS)
+            checks.check_int("num_sms", num_sms, low=1, high=MAX_NUM_SMS)
         return Sizes(
             num_tokens=handle.num_tokens,
             row_bytes=rows.row_bytes,
@@ -319,6 +321,7 @@ class HighThroughput:
             row_type=rows.row_type,
             expert_alignment=handle.expert_alignment,
             num_threads=num_sms or self._num_sms,
+            scale_type=rows.scale_type,
         )
 
     def _in_pool(self, tensor: torch.Tensor | None) -> tuple[int, int, Reservation | None]:

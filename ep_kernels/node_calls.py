@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from ep_kernels import _native
-from ep_kernels.backend import CallOptions
+from ep_kernels.backend import CallOptions, wait_for_previous
 from ep_kernels.bootstrap import Bootstrap
 from ep_kernels.call_queue import CallQueue
 from ep_kernels.config import Settings
-from ep_kernels.cpu_backend import CpuBackend, order_after
+from ep_kernels.cpu_backend import CpuBackend
 from ep_kernels.errors import EPConfigError, EPError, EPTimeoutError
 from ep_kernels.event import Event
 from ep_kernels.lanes import ScaleoutStats
@@ -173,7 +173,7 @@ class NodeCalls:
         return self._control
 
     def _follow(self, options: CallOptions) -> Caller:
-        order_after(options)
+        wait_for_previous(options, self.refuse)
         return self._rows.caller(options)
 
     @contextlib.contextmanager

@@ -90,6 +90,8 @@ def dispatch(
     Raises:
         EPError: as Buffer.dispatch().
     """
+    if not isinstance(layout, Layout):
+        buffer.refuse(f"layout={layout!r} is not a Layout")
     by_rank = layout is Layout.RANK_MAJOR
     recv_x, recv_topk_idx, recv_topk_weights, words, call = _dispatch(
         x, topk_idx, topk_weights, buffer.name, layout.value, expert_alignment, capacity

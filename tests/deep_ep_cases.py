@@ -343,6 +343,29 @@ def check_missing_layout(rank: int, backend: str) -> str:
     return "accepted"
 
 
+def check_refusals_of_one_rank(rank: int, backend: str) -> None:
+    """What the adapter refuses is refused on all ranks, whose next calls belong together."""
+    with buffer_and_batch(rank, backend) as (buffer, batch):
+        first, _, _, _, handle, _ = buffer.dispatch(batch.x, **batch.routing)
+        for wrong in (
+            dict(handle=handle, topk_idx=batch.topk_idx),
+            dict(batch.routing, is_token_in_rank=None),
+            dict(batch.routing, topk_idx=None, topk_weights=None, num_worst_tokens=9),
+            dict(batch.routing, allocate_on_comm_stream=True),
+        ):
+            arguments = wrong if rank == 1 else batch.routing
+            if "handle" in wrong and rank != 1:
+                arguments = dict(handle=handle)
+            refusal = "accepted"
+            try:
+                buffer.dispatch(batch.x, **arguments)
+            except EPConfigError as error:
+                refusal = str(error)
+            assert refusal != "accepted", wrong
+            assert rank == 1 or "rank 1 refused this call" in refusal, refusal
+            assert torch.equal(buffer.dispatch(batch.x, **batch.routing)[0], first)
+
+
 def round_trip_over(comm: Any) -> None:
     """Of a rank under MPI: a communicator instead of a group."""
     rank, size = comm.Get_rank(), comm.Get_size()

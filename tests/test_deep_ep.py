@@ -91,6 +91,10 @@ def test_a_missing_layout_is_named(ranks, backend):
         assert "num_tokens_per_rank" in message
 
 
+def test_what_one_rank_refuses_all_ranks_learn(ranks, backend):
+    ranks.run(cases.check_refusals_of_one_rank, backend)
+
+
 # Low-latency calls, on the CPU
 
 LL_DISPATCHES = {

@@ -2,8 +2,10 @@
 and its value; ranks that disagree all learn about what; the buffer works afterwards.
 """
 
+import os
 import re
 import time
+from unittest import mock
 
 import cases
 import pytest
@@ -15,6 +17,7 @@ from host_view import on_host
 from ep_kernels import reference
 from ep_kernels.config import Layout
 from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
+from ep_kernels.event import Event
 from ep_kernels.testing import assert_bitwise_equal
 
 THREE_RANKS = pytest.mark.parametrize("num_ranks", [3])
@@ -288,6 +291,46 @@ def test_a_bad_argument_is_named_on_all_ranks_and_the_buffer_works_afterwards(
     ranks.run(on_rank_bad_calls, backend, operation, bad_ranks)
 
 
+class FailedCall:
+    """A call of another buffer."""
+
+    def is_finished(self):
+        return True
+
+    def wait(self):
+        raise EPDeviceError("it has failed")
+
+
+def on_rank_bad_orders(rank, backend):
+    """When a call is to run: refused on all ranks, also by what it is to run behind."""
+    world = World(CASE, rank)
+    with cases.make_buffer(backend, case=CASE) as buffer:
+        handle = cases.dispatch(buffer, world, world.xs()).handle
+        for operation in ("dispatch", "combine"):
+            for order, pattern in (
+                (dict(async_op=None), "async_op=None"),
+                (dict(async_op=1), "async_op=1"),
+                (dict(previous_event=True), "previous_event=True"),
+                (dict(previous_event=Event(FailedCall())), "(previous_event: )?it has failed"),
+            ):
+                options = order if rank == 1 else {}
+                if operation == "dispatch":
+                    call = buffer.dispatch, world.xs()[rank], world.topk_idxs[rank]
+                else:
+                    call = buffer.combine, world.ys()[rank], handle
+                error = error_of(*call, **options)
+                check_message(error, pattern if rank == 1 else f"rank 1 .*{pattern}", EPError)
+                cases.check_round_trip(buffer, world)
+        error = error_of(buffer.refuse, "no") if rank == 1 else error_of(*call)
+        check_message(error, "no" if rank == 1 else "rank 1 refused this call: no")
+
+
+@THREE_RANKS
+@backends("cpu", "nodes", "cuda")
+def test_when_a_call_is_to_run_is_checked_on_all_ranks(ranks, backend, num_ranks):
+    ranks.run(on_rank_bad_orders, backend)
+
+
 def on_rank_disagreement(rank, backend, operation, apply_name, odd_rank):
     world = World(CASE, rank)
     _, apply, pattern = DISAGREEMENTS[apply_name]
@@ -326,10 +369,7 @@ def on_rank_scales_disagree(rank, backend):
 
 
 @THREE_RANKS
-def test_ranks_agree_on_dtype_and_number_of_scales(ranks, backend, num_ranks, request):
-    if backend != "reference":
-        reason = "fp32 and int32 scales are told apart by their size only"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_ranks_agree_on_dtype_and_number_of_scales(ranks, backend, num_ranks):
     ranks.run(on_rank_scales_disagree, backend)
 
 
@@ -397,6 +437,16 @@ BAD_CONSTRUCTORS = {
     "num_sms": (dict(num_sms=0), r"num_sms=0\b"),
 }
 
+# What the reference takes as it is.
+OUT_OF_RANGE_CONSTRUCTORS = {
+    "timeout_s-endless": (dict(timeout_s=float("inf")), r"timeout_s=inf is more than 1e\+07"),
+    "num_sms-half": (dict(num_sms=0.5), r"num_sms=0\.5 is not a whole number"),
+    "num_sms-huge": (dict(num_sms=10**7), "num_sms=10000000 is more than 1024"),
+    "pool_bytes-infinite": (dict(pool_bytes=float("inf")), "pool_bytes=inf"),
+    "pool_bytes-huge": (dict(pool_bytes=2**64 + 65536), "pool_bytes=18446744073709617152"),
+    "expert_to_rank-fractions": (dict(expert_to_rank=[0.9] * 6), r"expert_to_rank=\[0\.9"),
+}
+
 DIFFERENT_CONSTRUCTORS = {
     "num_experts": (dict(num_experts=9), r"num_experts.*\b6\b.*\b9\b"),
     "expert_to_rank": (dict(expert_to_rank=torch.tensor([2, 1, 0, 0, 1, 2])), "expert_to_rank"),
@@ -428,6 +478,34 @@ def on_rank_bad_constructors(rank, backend, table):
 @pytest.mark.parametrize("table", ["BAD_CONSTRUCTORS", "DIFFERENT_CONSTRUCTORS"])
 def test_a_bad_constructor_argument_is_named_on_all_ranks(ranks, backend, num_ranks, table):
     ranks.run(on_rank_bad_constructors, backend, table)
+
+
+@THREE_RANKS
+@backends("cpu", "cuda")
+def test_a_constructor_argument_out_of_range_is_named_on_all_ranks(ranks, backend, num_ranks):
+    ranks.run(on_rank_bad_constructors, backend, "OUT_OF_RANGE_CONSTRUCTORS")
+
+
+def on_rank_default_pool(rank):
+    """Machines of a group have a little more or less memory."""
+    import ep_kernels
+
+    num_bytes = (56 if rank == 1 else 64) << 20
+    with mock.patch.dict(os.environ, EP_KERNELS_POOL_BYTES=str(num_bytes)):
+        with ep_kernels.Buffer(num_experts=6) as buffer:
+            check_message(
+                error_of(buffer.empty, 60 << 20, dtype=torch.uint8), "pool", EPDeviceError
+            )
+            assert buffer.empty([2, 3], dtype=torch.int32).shape == (2, 3)
+            error = error_of(buffer.empty, 1 << 61, 8, dtype=torch.uint8)
+            check_message(error, "shape=.2305843009213693952, 8. is more than any pool")
+        error = error_of(ep_kernels.Buffer, num_experts=6, pool_bytes=num_bytes)
+        check_message(error, "ranks disagree on pool_bytes: rank 0 has 67108864, rank 1")
+
+
+@THREE_RANKS
+def test_pools_of_the_default_size_are_the_smallest_default(ranks, num_ranks):
+    ranks.run(on_rank_default_pool)
 
 
 def test_a_buffer_without_a_process_group_says_what_is_missing():

@@ -13,11 +13,13 @@ the exit codes of killed ranks before the survivors are through, so the dead are
 import gc
 import os
 import random
+import resource
 import signal
 import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import cases
 import pytest
@@ -27,7 +29,7 @@ from backends import backends
 from cases import Case, World
 from host_view import on_host
 
-from ep_kernels.errors import EPError, EPTimeoutError
+from ep_kernels.errors import EPDeviceError, EPError, EPTimeoutError
 from ep_kernels.testing.leaks import shm_mappings
 
 VICTIM = 2
@@ -129,6 +131,28 @@ def error_of(function, *args, **kwargs):
 def timed_error_of(function, *args, **kwargs):
     start = time.monotonic()
     return error_of(function, *args, **kwargs), time.monotonic() - start
+
+
+def on_rank_without_threads(rank, operation):
+    """The system gives one rank no thread, in the middle of a call."""
+    group = Group(rank, "cpu", timeout_s=LONG_S, num_sms=1)
+    dist.barrier()
+    if rank == VICTIM:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * os.sysconf("SC_PAGE_SIZE") + (4 << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+        error, seconds = timed_error_of(group.call, operation, num_sms=16)
+        assert isinstance(error, EPDeviceError), repr(error)
+        assert "failed" in str(error_of(group.call, "barrier"))
+        return
+    error, seconds = timed_error_of(group.call, operation)
+    assert seconds < SOON_S
+    group.check_failed(error)
+
+
+@pytest.mark.parametrize("operation", ["dispatch", "cached dispatch", "combine"])
+def test_a_rank_that_fails_by_itself_is_named_and_sends_no_garbage(launch, operation):
+    launch(on_rank_without_threads, operation, num_ranks=3)
 
 
 def on_rank_killed_before(rank, backend, operation):

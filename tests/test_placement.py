@@ -211,10 +211,15 @@ def test_the_command_reads_statistics_and_writes_placements(tmp_path, capsys):
         assert "1.967" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", '["a"]', "nonsense", '{"kind": 1}\n{"kind": 2}'])
+UNLIKE_LINES = '{"tokens_per_expert": {"1": [1, 2]}}\n{"tokens_per_expert": {"1": [1, 2, 3, 4]}}'
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", '["a"]', "nonsense", '{"kind": 1}\n{"kind": 2}', UNLIKE_LINES, "\xff"]
+)
 def test_the_command_names_what_it_cannot_read(tmp_path, capsys, text):
     stats = tmp_path / "stats.json"
-    stats.write_text(text)
+    stats.write_bytes(text.encode("latin-1"))
     assert command.main([str(stats), "--num-ranks", "2"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 

@@ -161,11 +161,13 @@ class BufferBase:
         return self._buffers[key]
 
 
-def check_order(
+def problem_of_order(
     previous_event: EventOverlap | None, async_finish: bool, allocate_on_comm_stream: bool
-) -> None:
+) -> str:
+    """Why a call cannot be made; "" if it can."""
     if allocate_on_comm_stream and not (async_finish and previous_event is not None):
-        raise EPConfigError("allocate_on_comm_stream needs previous_event and async_finish")
+        return "allocate_on_comm_stream=True needs previous_event and async_finish"
+    return ""
 
 
 def wait_for(previous: EventOverlap | None) -> Event | None:

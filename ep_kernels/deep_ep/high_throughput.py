@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import ep_kernels
-from ep_kernels.deep_ep.base import BufferBase, Rows, check_order, end_of, wait_for
+from ep_kernels.deep_ep.base import BufferBase, Rows, end_of, problem_of_order, wait_for
 from ep_kernels.deep_ep.config import Config
 from ep_kernels.deep_ep.handle import DispatchHandle
 from ep_kernels.deep_ep.utils import EventHandle, EventOverlap
@@ -45,9 +45,10 @@ class HighThroughputCalls(BufferBase):
         Raises:
             EPConfigError: shape or dtype; on the CPU also the range of the indices.
         """
-        check_order(previous_event, async_finish, allocate_on_comm_stream)
-        wait_for(previous_event)
         buffer = self._buffer(num_experts, topk_idx.device)
+        if problem := problem_of_order(previous_event, async_finish, allocate_on_comm_stream):
+            raise EPConfigError(problem)
+        wait_for(previous_event)
         layout = buffer.get_dispatch_layout(topk_idx)
         return (
             layout.num_tokens_per_rank,
@@ -109,22 +110,26 @@ class HighThroughputCalls(BufferBase):
             EPConfigError, EPDeviceError, EPTimeoutError: as ep_kernels.Buffer.dispatch().
         """
         del num_tokens_per_rdma_rank
-        check_order(previous_event, async_finish, allocate_on_comm_stream)
+        problem = problem_of_order(previous_event, async_finish, allocate_on_comm_stream)
         rows = _contiguous_scales(x)
         options = self._options(rows, config, previous_event, async_finish)
         if handle is not None:
             if topk_idx is not None or topk_weights is not None:
-                raise EPConfigError("topk_idx and topk_weights must be None with a handle")
+                problem = "topk_idx and topk_weights must be None with a handle"
+            if problem:
+                handle.buffer.refuse(problem)
             again = handle.buffer.dispatch(rows, handle=handle.handle, **options)
             return _rows_of(again), None, None, None, None, end_of(again.event, async_finish)
-        if num_tokens_per_rank is None or is_token_in_rank is None or num_tokens_per_expert is None:
-            raise EPConfigError(
-                "num_tokens_per_rank, is_token_in_rank and num_tokens_per_expert are needed "
-                "without a handle"
-            )
-        if num_worst_tokens and topk_idx is None:
-            raise EPConfigError(f"num_worst_tokens={num_worst_tokens} needs topk_idx")
+        missing = "num_tokens_per_rank, is_token_in_rank and num_tokens_per_expert are needed "
+        if num_tokens_per_expert is None:  # which buffer would make the call is not known
+            raise EPConfigError(f"{missing}without a handle")
         buffer = self._buffer(num_tokens_per_expert.numel(), num_tokens_per_expert.device)
+        if num_tokens_per_rank is None or is_token_in_rank is None:
+            buffer.refuse(f"{missing}without a handle")
+        if num_worst_tokens and topk_idx is None:
+            problem = f"num_worst_tokens={num_worst_tokens} needs topk_idx"
+        if problem:
+            buffer.refuse(problem)
         result = buffer.dispatch(
             rows,
             _one_expert_per_rank(is_token_in_rank, buffer) if topk_idx is None else topk_idx,
@@ -175,7 +180,9 @@ class HighThroughputCalls(BufferBase):
         Raises:
             EPConfigError, EPDeviceError, EPTimeoutError: as ep_kernels.Buffer.combine().
         """
-        check_order(previous_event, async_finish, allocate_on_comm_stream)
+        problem = problem_of_order(previous_event, async_finish, allocate_on_comm_stream)
+        if problem:
+            handle.buffer.refuse(problem)
         if isinstance(bias, tuple):
             given = tuple(one for one in bias if one is not None)
             bias = given if len(given) == 2 else given[0] if given else None

@@ -26,7 +26,10 @@ def read_loads(path: Path) -> dict[str, list[float]]:
     Raises:
         EPConfigError: it has something else.
     """
-    text = path.read_text()
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError as error:
+        raise EPConfigError(f"{path} is not text: {error}") from None
     try:
         return _to_layers(json.loads(text))
     except json.JSONDecodeError:
@@ -41,6 +44,10 @@ def read_loads(path: Path) -> dict[str, list[float]]:
             continue
         for layer, loads in _to_layers(record).items():
             before = total.get(layer, [0.0] * len(loads))
+            if len(loads) != len(before):
+                raise EPConfigError(
+                    f"{path}:{number}: layer {layer} has {len(loads)} loads, before {len(before)}"
+                )
             total[layer] = [one + other for one, other in zip(before, loads)]
     if not total:
         raise EPConfigError(f"{path} has no line with tokens_per_expert")

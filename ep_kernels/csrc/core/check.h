@@ -29,6 +29,11 @@ struct DeviceError : Error {
   using Error::Error;
 };
 
+/// A rank has no memory for what a call brings: known to every rank. Python: EPDeviceError.
+struct NoMemoryError : DeviceError {
+  using DeviceError::DeviceError;
+};
+
 /// What a wait that ran out of time knew. The same record is written by host and device waits.
 struct TimeoutRecord {
   int32_t rank = -1;     ///< the rank that waited

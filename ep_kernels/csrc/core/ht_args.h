@@ -22,6 +22,7 @@ struct HtSizes {
   int32_t row_type;          ///< RowType
   int32_t expert_alignment;  ///< rows of an expert group are padded to a multiple of it
   int32_t num_threads;       ///< workers (CPU) or SMs (CUDA)
+  int32_t scale_type;        ///< ScaleType
 };
 
 /// The routing of one dispatch: input of a cached dispatch and of combine, output of a fresh one.

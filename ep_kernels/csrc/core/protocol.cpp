@@ -11,6 +11,7 @@ constexpr const char* kFieldNames[kNumPostFields] = {
     "dtype",
     "bytes per row of x",
     "bytes of scales per row",
+    "dtype of scales",
     "num_topk",
     "bytes of one topk_weight (0 = none given)",
     "expert_alignment",
@@ -38,10 +39,12 @@ const char* op_name(int64_t op) {
 
 std::string field_value(int field, int64_t value) {
   constexpr const char* kTypes[] = {"bfloat16", "float16", "float32", "float64", "float8_e4m3fn"};
+  constexpr const char* kScaleTypes[] = {"none", "float32", "int32"};
   if (field == kFieldOp) return op_name(value);
   if (field == kFieldLayout) return value == 0 ? "RANK_MAJOR" : "EXPERT_MAJOR";
   if (field == kFieldHasCapacity) return value == 0 ? "no" : "yes";
   if (field == kFieldRowType && value >= 0 && value < 5) return kTypes[value];
+  if (field == kFieldScaleType && value >= 0 && value < 3) return kScaleTypes[value];
   return std::to_string(value);
 }
 
@@ -58,6 +61,7 @@ void fill_fields(Op op, const HtSizes& sizes, int64_t (&fields)[kNumPostFields])
   fields[kFieldRowType] = sizes.row_type;
   fields[kFieldRowBytes] = sizes.row_bytes;
   fields[kFieldScaleBytes] = sizes.scale_bytes;
+  fields[kFieldScaleType] = sizes.scale_type;
   fields[kFieldNumTopk] = by_expert ? 0 : sizes.num_topk;  // own matter in expert-major
   fields[kFieldWeightBytes] = sizes.weight_bytes;
   fields[kFieldAlignment] = sizes.expert_alignment;

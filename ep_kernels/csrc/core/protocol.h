@@ -62,6 +62,7 @@ enum PostField : int {
   kFieldRowType,
   kFieldRowBytes,
   kFieldScaleBytes,
+  kFieldScaleType,
   kFieldNumTopk,
   kFieldWeightBytes,
   kFieldAlignment,

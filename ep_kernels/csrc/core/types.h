@@ -13,6 +13,9 @@ enum class Layout : int32_t {
 /// Element type of a row. FP8 rows only travel; the others can also be summed.
 enum class RowType : int32_t { kBF16 = 0, kFP16 = 1, kFP32 = 2, kFP64 = 3, kFP8 = 4 };
 
+/// Type of the scales that travel with a row; they are not looked at.
+enum class ScaleType : int32_t { kNone = 0, kFP32 = 1, kInt32 = 2 };
+
 constexpr int64_t element_bytes(RowType type) {
   switch (type) {
     case RowType::kBF16:

@@ -88,6 +88,13 @@ void Buffer::fail(const std::string& message, const TimeoutRecord& record) {
   exchange_->send_failed(record);
 }
 
+void Buffer::fail_alone(const std::string& reason) {
+  TimeoutRecord record;
+  record.rank = record.peer = group_.rank;
+  record.phase = static_cast<int32_t>(Phase::kDone);
+  fail(concat("rank ", group_.rank, " failed during a call: ", reason), record);
+}
+
 template <typename Body>
 void Buffer::run_call(uint64_t seq, Body&& body) {
   check_usable();
@@ -96,18 +103,29 @@ void Buffer::run_call(uint64_t seq, Body&& body) {
   } catch (const TimeoutError& error) {
     fail(error.what(), error.record);
     throw;
-  } catch (...) {
+  } catch (const ConfigError&) {  // of all ranks: nothing is sent
     exchange_->send_done(seq);
+    throw;
+  } catch (const NoMemoryError&) {
+    exchange_->send_done(seq);
+    throw;
+  } catch (const std::exception& error) {  // "done" would mean that this rank's rows are there
+    fail_alone(error.what());
     throw;
   }
 }
 
 std::shared_ptr<PendingOp> Buffer::start(bool is_async, std::function<void()> body) {
   auto op = std::make_shared<PendingOp>(std::move(body));
-  if (is_async) {
-    queue_.submit(op);
-  } else {
+  if (!is_async) {
     queue_.run(op);
+    return op;
+  }
+  try {
+    queue_.submit(op);
+  } catch (const std::exception& error) {  // no thread for it
+    fail_alone(error.what());
+    throw;
   }
   return op;
 }

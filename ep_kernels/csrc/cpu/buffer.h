@@ -75,6 +75,8 @@ class Buffer {
   std::vector<int64_t> posted_capacities(uint64_t seq) const;
   /// This rank gave up: refuses further use, tells the node's ranks.
   void fail(const std::string& message, const TimeoutRecord& record);
+  /// The same, of a rank that failed by itself in the middle of a call.
+  void fail_alone(const std::string& reason);
   /// Runs `body` after all calls before it.
   std::shared_ptr<PendingOp> start(bool is_async, std::function<void()> body);
 

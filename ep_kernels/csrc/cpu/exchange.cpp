@@ -118,7 +118,7 @@ std::vector<Offer> Exchange::wait_offers(uint64_t seq, int64_t* waited_us) {
   }
   for (int peer = 0; peer < config_.num_ranks; ++peer)
     if (offers[peer].failed)
-      throw DeviceError(
+      throw NoMemoryError(
           concat("rank ", peer, " has no memory for its rows: ",
                  word<OfferSlot>(config_.rank, layout_.offers)[layout_.slot(seq, peer)].text));
   return offers;

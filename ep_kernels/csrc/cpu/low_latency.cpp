@@ -29,21 +29,26 @@ LowLatency::LowLatency(Buffer& buffer, const Config& config)
         config.exchange.region + static_cast<int64_t>(control_bytes) + half * half_bytes_;
 }
 
+/// Runs a step of a call; the peers learn of it if this rank cannot go on.
+void LowLatency::failing(const std::function<void()>& step) {
+  buffer_.check_usable();
+  try {
+    step();
+  } catch (const TimeoutError& error) {
+    buffer_.fail(error.what(), error.record);
+    throw;
+  } catch (const Error&) {  // refused
+    throw;
+  } catch (const std::exception& error) {  // no thread, no memory of the process
+    buffer_.fail_alone(error.what());
+    throw;
+  }
+}
+
 /// Runs a step of a call in the order of the buffer's calls.
 void LowLatency::run(const std::function<void()>& body) {
   buffer_.check_usable();
-  buffer_
-      .start(/*is_async=*/false,
-             [&] {
-               buffer_.check_usable();
-               try {
-                 body();
-               } catch (const TimeoutError& error) {
-                 buffer_.fail(error.what(), error.record);
-                 throw;
-               }
-             })
-      ->rethrow();
+  buffer_.start(/*is_async=*/false, [&] { failing(body); })->rethrow();
 }
 
 /// Runs checks of arguments; tells the peers, who make the same call, why this rank does not.
@@ -59,15 +64,8 @@ void LowLatency::refusing(const std::function<void()>& check) {
 LowLatency::Started LowLatency::finish(const std::shared_ptr<Call>& call, Receive receive) {
   Started started{call->number, halves_[call->half].window, nullptr};
   if (receive == Receive::kLater) return started;
-  started.op = buffer_.start(receive == Receive::kAsync, [this, call] {
-    buffer_.check_usable();
-    try {
-      receive_call(*call);
-    } catch (const TimeoutError& error) {
-      buffer_.fail(error.what(), error.record);
-      throw;
-    }
-  });
+  started.op = buffer_.start(receive == Receive::kAsync,
+                             [this, call] { failing([&] { receive_call(*call); }); });
   if (receive == Receive::kNow) started.op->rethrow();
   return started;
 }

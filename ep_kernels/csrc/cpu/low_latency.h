@@ -74,6 +74,7 @@ class LowLatency {
     LlCombine combine;
   };
 
+  void failing(const std::function<void()>& step);
   void run(const std::function<void()>& body);
   void refusing(const std::function<void()>& check);
   Started finish(const std::shared_ptr<Call>& call, Receive receive);
