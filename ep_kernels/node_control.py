@@ -6,7 +6,6 @@ whose messages each rank hands on to its node as the proxy of their senders.
 from __future__ import annotations
 
 import ctypes
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,9 +54,12 @@ class NodeControl:
     ) -> None:
         self.core, self._topology = core, topology
         self.functions = lane_library()
-        on_wait = functools.partial(self.step, "waiting_for")
-        self.lane: Lane = make_lane(bootstrap, topology, timeout_s, on_wait)
+        self.lane: Lane = make_lane(bootstrap, topology, timeout_s, self._waiting_for)
         self.waited_us = self.lane.waited_us
+
+    def _waiting_for(self, rank: int) -> None:
+        """The lane waits for a rank from now on, or for none: -1."""
+        self.step("waiting_for", rank)
 
     def step(self, name: str, *arguments: Any) -> None:
         """Calls ep_lane_<name>(buffer, ...) of the host."""
