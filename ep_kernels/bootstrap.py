@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import pickle
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ep_kernels import env
 from ep_kernels.config import MAX_TIMEOUT_S
-from ep_kernels.errors import EPConfigError, EPDeviceError, EPTimeoutError
+from ep_kernels.errors import EPConfigError, EPDeviceError, EPError, EPTimeoutError
 
 
 class Bootstrap(Protocol):
@@ -22,6 +22,45 @@ class Bootstrap(Protocol):
 
     def all_gather(self, value: Any) -> list[Any]:
         """The values of all ranks, by rank. Collective."""
+
+
+T = TypeVar("T")
+
+
+def make_on_all(
+    bootstrap: Bootstrap,
+    make: Callable[[], T],
+    undo: Callable[[T], object] = lambda made: None,
+    *,
+    where: str = "",
+) -> T:
+    """What `make` gives, if it does so on all ranks; else what it gave is undone. Collective.
+
+    Args:
+        bootstrap: of the ranks.
+        make: on this rank.
+        undo: of what this rank has made.
+        where: for the message, behind the rank that could not make it.
+
+    Raises:
+        EPError: on all ranks, that of the first which could not; EPDeviceError for a RuntimeError,
+            which is torch's.
+    """
+    made: T | None = None
+    problem: EPError | None = None
+    try:
+        made = make()
+    except EPError as error:
+        problem = error.with_traceback(None)
+    except RuntimeError as error:
+        problem = EPDeviceError(str(error))
+    for rank, found in enumerate(bootstrap.all_gather(problem)):
+        if found is not None:
+            if made is not None:
+                undo(made)
+            raise type(found)(f"rank {rank}{where}: {found}")
+    assert made is not None
+    return made
 
 
 class TorchBootstrap:

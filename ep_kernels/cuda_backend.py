@@ -51,19 +51,26 @@ class _Block:
         self._free(self._block)
 
 
-class _Memory:
-    """A block as a tensor sees it. The stream that is current when the tensor dies may still have
-    work on the memory, also if a call that is over keeps the block for some time yet.
-    """
+class RawMemory:
+    """Memory of a GPU, as torch wants to be told of it."""
 
-    def __init__(self, backend: CudaBackend, block: _Block, address: int, num_bytes: int) -> None:
-        self._backend, self._block = backend, block
+    def __init__(self, address: int, num_bytes: int) -> None:
         self.__cuda_array_interface__ = {
             "shape": (num_bytes,),
             "typestr": "|u1",
             "data": (address, False),
             "version": 3,
         }
+
+
+class _Memory(RawMemory):
+    """A block as a tensor sees it. The stream that is current when the tensor dies may still have
+    work on the memory, also if a call that is over keeps the block for some time yet.
+    """
+
+    def __init__(self, backend: CudaBackend, block: _Block, address: int, num_bytes: int) -> None:
+        super().__init__(address, num_bytes)
+        self._backend, self._block = backend, block
 
     def __del__(self) -> None:
         self._backend.note_free()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
-from ep_kernels.errors import EPConfigError
+from ep_kernels.cuda_backend import RawMemory
 from ep_kernels.streams import CudaStream, device_errors
 
 
@@ -22,12 +22,6 @@ class CudaLlMemory:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.stream = CudaStream(device)
-
-    def check_callable(self) -> None:
-        if torch.cuda.is_current_stream_capturing():
-            raise EPConfigError(
-                "a call over several nodes cannot be captured in a CUDA graph: the host has a part"
-            )
 
     @contextlib.contextmanager
     def half(self, *, is_caller_waiting: bool = True) -> Iterator[None]:
@@ -44,12 +38,10 @@ class CudaLlMemory:
         return self.stream.host_memory(num_bytes)
 
     def at(self, address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        num_bytes = dtype.itemsize
-        for size in shape:
-            num_bytes *= size
+        num_bytes = math.prod(shape) * dtype.itemsize
         if num_bytes == 0:
             return torch.empty(shape, dtype=dtype, device=self._device)
-        there = torch.as_tensor(_Memory(address, num_bytes), device=self._device)
+        there = torch.as_tensor(RawMemory(address, num_bytes), device=self._device)
         return there.view(dtype).view(shape)
 
     def to_host(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -67,15 +59,3 @@ class CudaLlMemory:
 
     def _current_stream(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self._device)
-
-
-class _Memory:
-    """Memory of a GPU, as torch wants to be told of it."""
-
-    def __init__(self, address: int, num_bytes: int) -> None:
-        self.__cuda_array_interface__: dict[str, Any] = {
-            "shape": (num_bytes,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 3,
-        }

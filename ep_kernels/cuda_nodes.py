@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from ep_kernels import _native, env
 from ep_kernels._native_cuda_lane import CudaLaneConfig, cuda_lane_library
+from ep_kernels.bootstrap import make_on_all
 from ep_kernels.cpu_backend import CpuBackend
 from ep_kernels.cuda_backend import CudaBackend
 from ep_kernels.cuda_ll_memory import CudaLlMemory
 from ep_kernels.device_rows import DeviceRows
-from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
+from ep_kernels.errors import EPConfigError, EPDeviceError
 from ep_kernels.group_transport import GroupTransport, PeerGroups
 from ep_kernels.hierarchical import HierarchicalBackend
 from ep_kernels.ll_carriers import GroupCarrier, LaneCarrier
@@ -46,22 +47,16 @@ class CudaNodesBackend(HierarchicalBackend):
 
     def __init__(self, bootstrap: Bootstrap, settings: Settings, topology: Topology) -> None:
         core = make_core(bootstrap, settings, topology)
-        device: CudaDevice | None = None
-        problem: EPError | None = None
         try:
-            device = CudaDevice(bootstrap, settings, topology)
-        except EPError as error:
-            problem = error.with_traceback(None)
-        except RuntimeError as error:  # torch has no memory
-            problem = EPDeviceError(str(error))
-        for rank, found in enumerate(bootstrap.all_gather(problem)):
-            if found is not None:
-                if device is not None:
-                    device.close()
-                    device.memory.destroy()
-                core.destroy()
-                raise type(found)(f"rank {rank}, by local ranks of its node: {found}")
-        assert device is not None
+            device = make_on_all(
+                bootstrap,
+                lambda: CudaDevice(bootstrap, settings, topology),
+                CudaDevice.destroy,
+                where=", by local ranks of its node",
+            )
+        except BaseException:
+            core.destroy()
+            raise
         super().__init__(core, DeviceRows(device), bootstrap, settings, topology)
 
 
@@ -200,6 +195,11 @@ class CudaDevice:
             with contextlib.suppress(EPDeviceError):
                 self.rows.synchronize()
             self._library.ep_cuda_lane_delete(lane)
+
+    def destroy(self) -> None:
+        """Of a device that nothing was made of."""
+        self.close()
+        self.memory.destroy()
 
 
 def agree_on_transport(bootstrap: Bootstrap) -> str:

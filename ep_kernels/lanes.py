@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from ep_kernels._native import PHASES
-from ep_kernels.bootstrap import Bootstrap, MpiBootstrap
-from ep_kernels.errors import EPError, EPTimeoutError
+from ep_kernels.bootstrap import Bootstrap, MpiBootstrap, make_on_all
+from ep_kernels.errors import EPTimeoutError
 from ep_kernels.topology import Topology
 
 FAREWELL_S = 0.5
@@ -258,20 +258,12 @@ def make_lane(
     from ep_kernels.mpi_lane import MpiLane
 
     name = f"ep_kernels/{bootstrap.all_gather(uuid.uuid4().hex)[0]}"
-    lane: Lane | None = None
-    problem: EPError | None = None
-    try:
+
+    def connect() -> Lane:
         if isinstance(bootstrap, MpiBootstrap):
-            lane = MpiLane(topology, timeout_s, bootstrap.comm)
-        else:
-            lane = GlooLane(topology, timeout_s, name)
-    except EPError as error:
-        problem = error.with_traceback(None)
-    for rank, found in enumerate(bootstrap.all_gather(problem)):
-        if found is not None:
-            if lane is not None:
-                lane.close()
-            raise type(found)(f"rank {rank}: {found}")
-    assert lane is not None
+            return MpiLane(topology, timeout_s, bootstrap.comm)
+        return GlooLane(topology, timeout_s, name)
+
+    lane = make_on_all(bootstrap, connect, Lane.close)
     lane.on_wait = on_wait
     return lane

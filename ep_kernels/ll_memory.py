@@ -15,9 +15,6 @@ from ep_kernels.cpu_backend import tensor_at
 class LlMemory(Protocol):
     """Memory, and the work of torch on it, which is in order within half()."""
 
-    def check_callable(self) -> None:
-        """Raises EPConfigError if no call can be made now."""
-
     def half(self, *, is_caller_waiting: bool = True) -> contextlib.AbstractContextManager[None]:
         """Work of one half of a call. It comes after what the caller has enqueued by now, unless
         the caller does not wait; when the block is left, it is done.
@@ -44,9 +41,6 @@ class LlMemory(Protocol):
 
 class HostLlMemory:
     """Rows in host memory: all work is done when it is given."""
-
-    def check_callable(self) -> None:
-        """Always."""
 
     def half(self, *, is_caller_waiting: bool = True) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()

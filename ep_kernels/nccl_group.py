@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ep_kernels.bootstrap import MpiBootstrap
-from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
+from ep_kernels.bootstrap import MpiBootstrap, make_on_all
+from ep_kernels.errors import EPConfigError, EPDeviceError
 from ep_kernels.group_transport import Tensors
 from ep_kernels.lanes import Lane
 from ep_kernels.streams import CudaStream, device_errors, wait_until
@@ -100,18 +100,10 @@ def make_nccl_group(lane: Lane, bootstrap: Bootstrap, rows: CudaStream) -> NcclG
     if isinstance(bootstrap, MpiBootstrap):
         raise EPConfigError("EP_KERNELS_SCALEOUT=nccl needs a group of torch.distributed, not MPI")
     name = f"ep_kernels/{bootstrap.all_gather(uuid.uuid4().hex)[0]}"
-    group: NcclGroup | None = None
-    problem: EPError | None = None
-    try:
+
+    def connect() -> NcclGroup:
         if not dist.is_nccl_available():
             raise EPConfigError("EP_KERNELS_SCALEOUT=nccl, but torch was built without NCCL")
-        group = NcclGroup(lane, name, rows)
-    except EPError as error:
-        problem = error.with_traceback(None)
-    for rank, found in enumerate(bootstrap.all_gather(problem)):
-        if found is not None:
-            if group is not None:
-                group.abort()
-            raise type(found)(f"rank {rank}: {found}")
-    assert group is not None
-    return group
+        return NcclGroup(lane, name, rows)
+
+    return make_on_all(bootstrap, connect, NcclGroup.abort)

@@ -104,10 +104,14 @@ class NodeCalls:
     def poll(self) -> None:
         """Calls keep nothing when they are over, and errors are their events' to raise."""
         try:
-            self._rows.check_callable()
+            self.check_callable()
         except EPConfigError as error:
             self.refuse(str(error))
             raise
+
+    def check_callable(self) -> None:
+        """Raises EPConfigError if no call can be made now."""
+        self._rows.check_callable()
 
     def count_rows(self, topk_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As Backend; on the host, which checks the indices, too."""

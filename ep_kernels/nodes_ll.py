@@ -28,10 +28,10 @@ from ep_kernels._native_ll import (
     LlDispatchArgs,
     LlSizes,
 )
-from ep_kernels.bootstrap import Bootstrap
+from ep_kernels.bootstrap import Bootstrap, make_on_all
 from ep_kernels.call_queue import CallQueue
 from ep_kernels.config import Settings
-from ep_kernels.errors import EPConfigError, EPDeviceError, EPError, EPTimeoutError
+from ep_kernels.errors import EPConfigError, EPDeviceError, EPTimeoutError
 from ep_kernels.event import Event
 from ep_kernels.ll_carriers import ArrivingRows
 from ep_kernels.ll_exchange import (
@@ -55,7 +55,7 @@ class NodesLowLatency:
 
     Args:
         exchange: with all ranks; it is closed with the region.
-        barrier: of the buffer's other calls.
+        calls: the buffer's others.
         expert_to_rank: [E].
         memory: where rows are.
         num_bytes: of the region.
@@ -67,13 +67,12 @@ class NodesLowLatency:
     def __init__(
         self,
         exchange: LlExchange,
-        barrier: Callable[[], None],
+        calls: NodeCalls,
         expert_to_rank: Sequence[int],
         memory: LlMemory,
         num_bytes: int,
     ) -> None:
-        self._exchange, self._memory = exchange, memory
-        self._barrier = barrier
+        self._exchange, self._calls, self._memory = exchange, calls, memory
         self._num_ranks, self._rank = exchange.num_ranks, exchange.rank
         self._num_experts = len(expert_to_rank)
         placed = Placed.of(expert_to_rank)
@@ -100,7 +99,7 @@ class NodesLowLatency:
         """Number of the call, half of its rows, and the event of an asynchronous call."""
         self._follow_earlier()
         with self._refusing():
-            self._memory.check_callable()
+            self._calls.check_callable()
             topk_idx = self._choices_on_host(args.topk_idx, args.sizes)
             on_host = LlDispatchArgs.from_buffer_copy(args)
             on_host.topk_idx = topk_idx.data_ptr()
@@ -128,7 +127,7 @@ class NodesLowLatency:
         """Number of the call, and the event of an asynchronous call."""
         self._follow_earlier()
         with self._refusing():
-            self._memory.check_callable()
+            self._calls.check_callable()
             made = self._find(args.dispatch)
             self._check_combine(args, made)
         seq = self._next()
@@ -173,7 +172,7 @@ class NodesLowLatency:
             self._announce(seq, Header(op=BARRIER))
 
         self._queue.run(announce)
-        self._barrier()
+        self._calls.barrier()
 
     def refuse(self, reason: str) -> None:
         """Takes part in a call that this rank rejects."""
@@ -374,22 +373,17 @@ def make_region_over_nodes(
     exchange = LlExchange(
         bootstrap, topology, settings.num_experts, settings.timeout_s, make_carrier, backend.lose
     )
-    region: NodesLowLatency | None = None
-    problem: EPError | None = None
-    try:
-        num_bytes = settings.low_latency_bytes
-        region = NodesLowLatency(
-            exchange, backend.barrier, settings.expert_to_rank, memory, num_bytes
+
+    def make() -> NodesLowLatency:
+        return NodesLowLatency(
+            exchange, backend, settings.expert_to_rank, memory, settings.low_latency_bytes
         )
-    except EPError as error:
-        problem = error.with_traceback(None)
-    except RuntimeError as error:  # torch has no memory
-        problem = EPDeviceError(str(error))
-    for rank, found in enumerate(bootstrap.all_gather(problem)):
-        if found is not None:
-            exchange.close()
-            raise type(found)(f"rank {rank}: {found}")
-    assert region is not None
+
+    try:
+        region = make_on_all(bootstrap, make)
+    except BaseException:
+        exchange.close()
+        raise
     backend.when_destroyed(region.close)
     return region
 

@@ -6,6 +6,7 @@ What travels from one rank to another is its rows, one after the other, then the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -134,9 +135,7 @@ class LlRows:
         return region_bytes(sizes, self._num_ranks, num_experts, num_local)
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        num_bytes = dtype.itemsize
-        for size in shape:
-            num_bytes *= size
+        num_bytes = math.prod(shape) * dtype.itemsize
         return self.region[offset : offset + num_bytes].view(dtype).view(shape)
 
     # Dispatch

@@ -193,9 +193,6 @@ class TwinLlMemory:
     def __init__(self):
         self._is_in_half = False
 
-    def check_callable(self):
-        pass
-
     @contextlib.contextmanager
     def half(self, *, is_caller_waiting=True):
         assert not self._is_in_half

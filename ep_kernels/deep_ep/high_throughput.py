@@ -120,12 +120,12 @@ class HighThroughputCalls(BufferBase):
                 handle.buffer.refuse(problem)
             again = handle.buffer.dispatch(rows, handle=handle.handle, **options)
             return _rows_of(again), None, None, None, None, end_of(again.event, async_finish)
-        missing = "num_tokens_per_rank, is_token_in_rank and num_tokens_per_expert are needed "
+        layout = "num_tokens_per_rank, is_token_in_rank and num_tokens_per_expert"
         if num_tokens_per_expert is None:  # which buffer would make the call is not known
-            raise EPConfigError(f"{missing}without a handle")
+            raise EPConfigError(f"{layout} are needed without a handle")
         buffer = self._buffer(num_tokens_per_expert.numel(), num_tokens_per_expert.device)
         if num_tokens_per_rank is None or is_token_in_rank is None:
-            buffer.refuse(f"{missing}without a handle")
+            buffer.refuse(f"{layout} are needed without a handle")
         if num_worst_tokens and topk_idx is None:
             problem = f"num_worst_tokens={num_worst_tokens} needs topk_idx"
         if problem:
