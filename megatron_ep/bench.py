@@ -15,6 +15,7 @@ What a dispatcher's name may have behind it:
     +fused          of Megatron's dispatchers: permutation by Transformer Engine's kernels
     +fp8            fp8 rows
     +capacity1.5    room for 1.5 times the average of rows, and no host that waits; with +torch only
+    +sms16          of chunks: transfers take 16 SMs, which the experts' GEMMs leave free
     +graph          forward and backward replayed as CUDA graphs (graphs.py); with a capacity only,
                     and not in the pass "forward"
 

@@ -51,6 +51,7 @@ def parse_variant(text: str) -> Kind:
         "num_chunks": int(chunks) if chunks.isdecimal() else chunks or 1,
         "fp8_dispatch": "fp8" in words,
         "capacity_factor": None,
+        "overlap_num_sms": None,
     }
     experts = None
     for word in words:
@@ -58,10 +59,12 @@ def parse_variant(text: str) -> Kind:
             experts = word
         elif number := re.fullmatch(r"capacity(\d+\.?\d*)", word):
             options["capacity_factor"] = float(number[1])
+        elif number := re.fullmatch(r"sms([1-9]\d*)", word):
+            options["overlap_num_sms"] = int(number[1])
         elif word not in ("fp8", "fused", "graph"):
             raise ValueError(
                 f"{text!r}: after + there is one of {', '.join(EXPERTS)}, fp8, fused, graph, or "
-                f"capacity and a number as in capacity1.5, not {word!r}"
+                f"capacity or sms and a number as in capacity1.5 and sms16, not {word!r}"
             )
     return Kind(
         dispatcher=dispatcher,

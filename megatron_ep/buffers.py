@@ -26,6 +26,9 @@ class Options:
     Attributes:
         num_chunks: chunks of a micro-batch whose transfers overlap with the experts of others, see
             overlap.py; 1 for none, "auto" for a choice by times, see choose_chunks.py.
+        overlap_num_sms: SMs (threads on the CPU) of each transfer of chunks that overlaps with
+            experts, which leave them free, see free_sms.py. None: num_sms, and the experts' GEMMs
+            take all SMs.
         recompute_transfers: where Megatron runs a layer's forward again, in the backward, also
             communicate again: in less memory, in more time; see recompute.py.
         fp8_dispatch: rows travel to the experts as fp8, see fp8_rows.py.
@@ -45,6 +48,7 @@ class Options:
     """
 
     num_chunks: int | str = 1
+    overlap_num_sms: int | None = None
     recompute_transfers: bool = False
     fp8_dispatch: bool = False
     results_in_pool: bool = False
@@ -60,6 +64,7 @@ class Options:
 
 _OF_LAYERS = (
     "num_chunks",
+    "overlap_num_sms",
     "recompute_transfers",
     "fp8_dispatch",
     "results_in_pool",

@@ -5,6 +5,8 @@ Order and streams: see overlap.py and pipeline.py.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ from ep_kernels import CombineResult, Layout
 from ep_kernels.event import Event
 from megatron_ep.choose_chunks import StopWatch
 from megatron_ep.fp8_rows import quantise, received_rows
+from megatron_ep.free_sms import free_sms
 from megatron_ep.pipeline import CallStream, run_pipeline
 from megatron_ep.recompute import Transfers
 from megatron_ep.routing import route
@@ -75,8 +78,10 @@ class Run:
                 chunks.append(self._compute(arrived, hidden.dtype))
             return chunks[-1].output.detach().contiguous(), arrived.handle
 
+        num_sms = self._sms_of_combines()
+
         def send_back(output: torch.Tensor, handle: Any) -> Any:
-            return buffer.combine(output, handle, async_op=True)
+            return buffer.combine(output, handle, num_sms=next(num_sms), async_op=True)
 
         self.watch.begin()
         results = run_pipeline(
@@ -100,6 +105,7 @@ class Run:
         buffer = self.layer.token_dispatcher.buffer(grad.device)
         parts = grad.contiguous().tensor_split(len(chunks))[::-1]
         remaining = iter(chunks[::-1])
+        sms_of_dispatches, sms_of_combines = self._sms_of_dispatches(), self._sms_of_combines()
 
         def compute(arrived: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
             chunk = next(remaining)
@@ -109,12 +115,15 @@ class Run:
             return _or_zeros(rows, chunk.rows), _or_zeros(weights, chunk.weights), chunk.handle
 
         def send_back(rows: torch.Tensor, weights: torch.Tensor, handle: Any) -> Any:
-            return buffer.combine(rows, handle, topk_weights=weights, async_op=True)
+            num_sms = next(sms_of_combines)
+            return buffer.combine(
+                rows, handle, topk_weights=weights, num_sms=num_sms, async_op=True
+            )
 
         results = run_pipeline(
             (
-                buffer.dispatch(part, handle=chunk.handle, async_op=True)
-                for chunk, part in zip(chunks[::-1], parts)
+                buffer.dispatch(part, handle=chunk.handle, num_sms=num_sms, async_op=True)
+                for chunk, part, num_sms in zip(chunks[::-1], parts, sms_of_dispatches)
             ),
             compute,
             send_back,
@@ -138,18 +147,37 @@ class Run:
             "expert_alignment": dispatcher.expert_alignment,
             "async_op": True,
         }
+        sms = self._sms_of_dispatches()
         if dispatcher.capacity_factor is not None:
             # No host asks for any routing.
-            for rows, topk_idx, weights in zip(*(self._outgoing(hidden, parts[0]), *parts[1:])):
-                capacity = dispatcher.capacity(topk_idx)
-                yield buffer.dispatch(rows, topk_idx, weights, capacity=capacity, **options)
+            outgoing = self._outgoing(hidden, parts[0])
+            for rows, topk_idx, weights, num_sms in zip(outgoing, *parts[1:], sms):
+                options |= {"capacity": dispatcher.capacity(topk_idx), "num_sms": num_sms}
+                yield buffer.dispatch(rows, topk_idx, weights, **options)
             return
         first, *others = zip(*parts)
         handles = [route(buffer, rows, topk_idx, **options) for rows, topk_idx, _ in others]
         outgoing = self._outgoing(hidden, parts[0])
-        yield buffer.dispatch(outgoing[0], *first[1:], **options)
-        for rows, (_, _, weights), handle in zip(outgoing[1:], others, handles):
-            yield buffer.dispatch(rows, topk_weights=weights, handle=handle, async_op=True)
+        yield buffer.dispatch(outgoing[0], *first[1:], num_sms=next(sms), **options)
+        for rows, (_, _, weights), handle, num_sms in zip(outgoing[1:], others, handles, sms):
+            yield buffer.dispatch(
+                rows, topk_weights=weights, handle=handle, num_sms=num_sms, async_op=True
+            )
+
+    def _sms_of_dispatches(self) -> Iterator[int | None]:
+        """num_sms of each in turn: next to the first one no expert runs."""
+        yield None
+        yield from itertools.repeat(self.layer.token_dispatcher.overlap_num_sms)
+
+    def _sms_of_combines(self) -> Iterator[int | None]:
+        """num_sms of each in turn: next to the last one no expert runs."""
+        yield from [self.layer.token_dispatcher.overlap_num_sms] * (self.num_chunks - 1)
+        yield None
+
+    def _free_sms(self) -> contextlib.AbstractContextManager[None]:
+        """Around experts: they leave free what transfers take."""
+        is_overlapped = self.num_chunks > 1
+        return free_sms(self.layer.token_dispatcher.overlap_num_sms if is_overlapped else None)
 
     def _outgoing(self, hidden: torch.Tensor, parts: Sequence[torch.Tensor]) -> list[Any]:
         """What is sent of each chunk: its rows, or fp8 rows and scales."""
@@ -161,7 +189,7 @@ class Run:
         rows = received_rows(arrived, dtype).requires_grad_(self.is_training)
         weights = arrived.recv_topk_weights.detach().requires_grad_(self.is_training)
         dispatcher = self.layer.token_dispatcher
-        with torch.set_grad_enabled(self.is_training):
+        with torch.set_grad_enabled(self.is_training), self._free_sms():
             output, bias = self.layer.experts(
                 rows, dispatcher.groups(arrived), weights.to(dispatcher.probs_dtype)
             )
@@ -173,7 +201,8 @@ class Run:
         leaves = [chunk.rows, chunk.weights, *self.parameters]
         if not chunk.output.requires_grad:
             return [None] * len(leaves)
-        return list(torch.autograd.grad(chunk.output, leaves, grad, allow_unused=True))
+        with self._free_sms():
+            return list(torch.autograd.grad(chunk.output, leaves, grad, allow_unused=True))
 
     def _start_shared_experts(self) -> None:
         """While the first tokens travel; their graph is outside of this function's."""

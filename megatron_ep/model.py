@@ -119,6 +119,7 @@ def register_dispatcher(config: Config) -> None:
         name: getattr(config.ep, name)
         for name in (
             "num_chunks",
+            "overlap_num_sms",
             "recompute_transfers",
             "fp8_dispatch",
             "results_in_pool",

@@ -346,6 +346,9 @@ class EPSection(Section):
     """Memory for results on each rank."""
     num_chunks: PositiveInt | Literal["auto"] = 1
     """Cut a micro-batch into so many parts, whose transfers overlap with the experts of others."""
+    overlap_num_sms: PositiveInt | None = None
+    """SMs of transfers that overlap with experts, whose GEMMs leave them free; num_sms, and GEMMs
+    take all SMs, if not given."""
     recompute_transfers: bool = False
     """Where Megatron recomputes a MoE layer, communicate again in place of keeping what arrived."""
     fp8_dispatch: bool = False

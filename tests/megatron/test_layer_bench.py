@@ -44,7 +44,13 @@ def test_experts_and_capacity_are_part_of_a_name(tmp_path):
     watched = [line["dispatcher"] for line in lines if "hidden_of_communication" in line]
     assert watched == names[2:4]
     kind = parse_variant(names[-1])
-    assert kind.options == {"num_chunks": 1, "fp8_dispatch": True, "capacity_factor": 0.99}
+    assert kind.options == {
+        "num_chunks": 1,
+        "fp8_dispatch": True,
+        "capacity_factor": 0.99,
+        "overlap_num_sms": None,
+    }
+    assert parse_variant("deepep+torch+sms12/2").options["overlap_num_sms"] == 12
     for name in ("deepep+fast", "deepep+", "deepep+capacity"):
         with pytest.raises(ValueError, match=r"after \+ there is"):
             parse_variant(name)

@@ -4,6 +4,7 @@ Gradients of the experts' parameters are summed in another order, and a GEMM may
 kernel for fewer rows: 1e-12 in fp64 bounds both.
 """
 
+import contextlib
 from collections import Counter
 from unittest import mock
 
@@ -91,6 +92,56 @@ def test_every_chunk_travels_once_and_a_parameter_gets_one_gradient(ranks, num_c
         assert counts["dispatch"] == counts["combine"] == 3 * num_chunks
         assert counts["routing"] == 2 * (num_chunks - 1)
         assert num_hooks == 1
+
+
+class SmsTaken(torch.nn.Module):
+    """Experts that note how many SMs their GEMMs are told to leave free."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.experts, self.left_free = experts, []
+
+    def forward(self, rows, tokens_per_expert, probs):
+        output, bias = self.experts(rows, tokens_per_expert, probs)
+        if output.requires_grad:
+            output.register_hook(self.note)
+        self.note()
+        return output, bias
+
+    def note(self, *_):
+        self.left_free.append(torch._C._get_sm_carveout_experimental())
+
+
+def on_rank_free_sms(rank, num_chunks):
+    """SMs that experts leave free, and num_sms of all transfers, in a forward and a backward."""
+    case, taken = Case(), []
+    with layers.megatron(Grid(ep=2), num_chunks=num_chunks, overlap_num_sms=3):
+        layer = layers.make_layer(case, Grid(ep=2), "deepep")
+        layer.experts = SmsTaken(layer.experts)
+        buffer = layer.token_dispatcher.buffer(rank_device())
+        with contextlib.ExitStack() as stack:
+            for name in ("dispatch", "combine"):
+                call = getattr(buffer, name)
+
+                def noted(*arguments, call=call, name=name, **options):
+                    taken.append((name, options.get("num_sms")))
+                    return call(*arguments, **options)
+
+                stack.enter_context(mock.patch.object(buffer, name, noted))
+            layers.run_layer(rank, layer, case)
+    return layer.experts.left_free, taken, torch._C._get_sm_carveout_experimental()
+
+
+def test_experts_leave_sms_free_for_transfers_that_overlap(ranks):
+    for left_free, taken, afterwards in ranks.run(on_rank_free_sms, 3):
+        assert left_free == [3] * 6
+        assert afterwards is None
+        moved = [call for call in taken if call[1] == 3]
+        assert Counter(moved) == {("dispatch", 3): 4, ("combine", 3): 4}
+        assert taken[-1] == ("combine", None), "nothing overlaps with the last one"
+    for left_free, taken, _ in ranks.run(on_rank_free_sms, 1):
+        assert left_free == [None] * 2
+        assert {num_sms for _, num_sms in taken} == {None}
 
 
 class Padded(torch.nn.Module):
