@@ -7,8 +7,9 @@ No library links Python or torch, so one build serves every version of both:
 
     libep_cpu.so      csrc/{core,runtime,cpu} and the C interface: always
     libep_cuda.so     csrc/{core,runtime,cuda} and its C interface: when nvcc and sources exist
-    libep_nvshmem.so  csrc/nvshmem and its C interface: when NVSHMEM is found besides. It needs
-                      libnvshmem_host.so.3 of the same package when it runs
+    libep_nvshmem.so  csrc/{core,nvshmem}, the host's part of low-latency calls, and the C interface:
+                      when NVSHMEM is found besides. It needs libnvshmem_host.so.3 of the same
+                      package when it runs
 
 Environment:
     CXX, CXXFLAGS, LDFLAGS   host compiler (g++) and flags appended to ours
@@ -152,9 +153,15 @@ def plan_libraries() -> list[Library]:
         libraries.append(Library("libep_cuda.so", "link_cuda", sources))
     nvshmem_sources = _sources("nvshmem", (".cu", ".cpp"))
     if _want_nvshmem(has_sources=bool(nvshmem_sources)):
-        sources = [*nvshmem_sources, *nvshmem_bindings]
+        sources = [*_sources("core"), *nvshmem_sources, *nvshmem_bindings, *_low_latency_hosts()]
         libraries.append(Library("libep_nvshmem.so", "link_nvshmem", sources))
     return libraries
+
+
+def _low_latency_hosts() -> list[Path]:
+    """The host's part of low-latency calls on GPUs, whose kernels the NVSHMEM library has anew."""
+    names = ("cuda/low_latency.cpp", "cuda/low_latency_state.cpp", "cuda/device_guard.cpp")
+    return [CSRC / name for name in (*names, "bindings/ll_cuda_api.cpp")]
 
 
 def find_nvcc() -> str | None:

@@ -97,7 +97,7 @@ NUM_STAMPED = 64
 
 _STREAM = c_void_p
 _HOST_NUMBER = POINTER(c_int64)
-_CUDA_SIGNATURES: Signatures = {
+CUDA_SIGNATURES: Signatures = {
     "ep_cuda_ll_abi_sizes": (None, [POINTER(c_int32)]),
     "ep_cuda_ll_create": (c_int32, [c_void_p, c_int64, c_int64, c_int32, _OUT, _ERROR]),
     "ep_cuda_ll_delete": (None, [c_void_p]),
@@ -125,13 +125,13 @@ _CUDA_SIGNATURES: Signatures = {
     "ep_cuda_ll_check": (c_int32, [c_void_p, c_int64, _ERROR]),
     "ep_cuda_ll_make_stream_wait": (c_int32, [c_void_p, c_int64, _STREAM, _ERROR]),
 }
-_MIRRORS = (LlSizes, LlDispatchArgs, LlCombineArgs)
+LL_MIRRORS = (LlSizes, LlDispatchArgs, LlCombineArgs)
 
 
 @functools.cache
 def ll_library() -> ctypes.CDLL:
     """Loads the CPU core's low-latency interface. Raises EPDeviceError as load_library()."""
-    return load_library(CPU_LIBRARY, _SIGNATURES, "ep_ll_abi_sizes", _MIRRORS)
+    return load_library(CPU_LIBRARY, _SIGNATURES, "ep_ll_abi_sizes", LL_MIRRORS)
 
 
 def region_bytes(sizes: LlSizes, num_ranks: int, num_experts: int, num_local_experts: int) -> int:
@@ -152,4 +152,4 @@ def half_offsets(sizes: LlSizes, num_ranks: int, num_local_experts: int) -> tupl
 @functools.cache
 def cuda_ll_library() -> ctypes.CDLL:
     """The same of the CUDA core."""
-    return load_library(CUDA_LIBRARY, _CUDA_SIGNATURES, "ep_cuda_ll_abi_sizes", _MIRRORS)
+    return load_library(CUDA_LIBRARY, CUDA_SIGNATURES, "ep_cuda_ll_abi_sizes", LL_MIRRORS)

@@ -6,11 +6,12 @@ import ctypes
 import functools
 import importlib.util
 from collections.abc import Iterator
-from ctypes import POINTER, Structure, c_char_p, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 from ep_kernels import env
 from ep_kernels._native import LIB_DIR, ErrorRecord, Signatures, load_library
+from ep_kernels._native_ll import CUDA_SIGNATURES, LL_MIRRORS
 from ep_kernels.errors import EPDeviceError
 
 NVSHMEM_LIBRARY = LIB_DIR / "libep_nvshmem.so"
@@ -56,6 +57,21 @@ class LaneExchangeArgs(Structure):
     ]
 
 
+class NvshmemLlConfig(Structure):
+    _fields_ = [
+        ("device", c_int32),
+        ("rank", c_int32),
+        ("num_ranks", c_int32),
+        ("num_local_ranks", c_int32),
+        ("num_experts", c_int32),
+        ("direct", c_int32),
+        ("region_bytes", c_int64),
+        ("timeout_us", c_int64),
+        ("pes", POINTER(c_int32)),
+        ("expert_rank", POINTER(c_int32)),
+    ]
+
+
 MIRRORS = (NvshmemConfig, LaneSection, LaneCounts, LaneExchangeArgs)
 
 _ERROR, _OUT = POINTER(ErrorRecord), POINTER(c_void_p)
@@ -83,6 +99,19 @@ _SIGNATURES: Signatures = {
 }
 
 
+_LL_SIGNATURES: Signatures = {
+    "ep_nvshmem_ll_abi_sizes": (None, [POINTER(c_int32)]),
+    "ep_nvshmem_ll_memory_create": (
+        c_int32,
+        [POINTER(NvshmemLlConfig), _OUT, POINTER(c_uint64), POINTER(c_int32), _ERROR],
+    ),
+    "ep_nvshmem_ll_create": (c_int32, [c_void_p, c_int64, _OUT, _ERROR]),
+    "ep_nvshmem_ll_memory_leave": (c_int32, [c_void_p, _ERROR]),
+    "ep_nvshmem_ll_memory_destroy": (c_int32, [c_void_p, _ERROR]),
+    "ep_nvshmem_ll_memory_delete": (None, [c_void_p]),
+}
+
+
 @functools.cache
 def nvshmem_library() -> ctypes.CDLL:
     """Loads the NVSHMEM part, and NVSHMEM itself before it.
@@ -97,6 +126,18 @@ def nvshmem_library() -> ctypes.CDLL:
         )
     _load_nvshmem()
     return load_library(NVSHMEM_LIBRARY, _SIGNATURES, "ep_nvshmem_abi_sizes", MIRRORS)
+
+
+@functools.cache
+def nvshmem_ll_library() -> ctypes.CDLL:
+    """Its low-latency calls: those of the CUDA core but for what makes them. Raises EPDeviceError
+    as nvshmem_library()."""
+    nvshmem_library()
+    calls = {name: of for name, of in CUDA_SIGNATURES.items() if name != "ep_cuda_ll_create"}
+    mirrors = (NvshmemLlConfig, *LL_MIRRORS)
+    return load_library(
+        NVSHMEM_LIBRARY, {**calls, **_LL_SIGNATURES}, "ep_nvshmem_ll_abi_sizes", mirrors
+    )
 
 
 def nvshmem_version() -> str:

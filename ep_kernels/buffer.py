@@ -441,9 +441,12 @@ def _make_region(
     backend: Backend, bootstrap: Bootstrap, settings: Settings, topology: Topology
 ) -> Region:
     if topology.num_nodes > 1:
+        from ep_kernels.cuda_nodes import CudaNodesBackend
         from ep_kernels.node_calls import NodeCalls
         from ep_kernels.nodes_ll import make_region_over_nodes
 
+        if isinstance(backend, CudaNodesBackend):
+            return backend.make_region(bootstrap, settings, topology)
         assert isinstance(backend, NodeCalls)
         return make_region_over_nodes(backend, bootstrap, settings, topology)
     num_bytes, mask_silent_ranks = settings.low_latency_bytes, settings.mask_silent_ranks

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,34 +33,31 @@ if TYPE_CHECKING:
 NUM_SMS = 16
 
 
-class CudaLowLatency:
-    """One rank's low-latency region: the first range of its pool.
+class CudaLlCalls:
+    """The low-latency calls of one rank.
 
-    Raises:
-        EPConfigError: num_bytes is too small for the words that ranks share, or there are more
-            experts than the kernels have counters for.
+    Args:
+        library: that has them.
+        low_latency: its handle of them, from now on this object's.
+        region: uint8, the rank's memory for rows and words.
+        max_num_sms: SMs that the rank has for itself.
+        finish_calls: waits for the other calls of the buffer.
     """
 
-    def __init__(self, backend: CudaBackend, num_bytes: int, *, mask_silent_ranks: bool) -> None:
-        self._library = cuda_ll_library()
-        self._max_num_sms = backend.max_num_sms
-        self._device, self._finish_calls = backend.device, backend.finish_calls
-        self._low_latency: int | None = None
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        low_latency: int | None,
+        region: torch.Tensor,
+        *,
+        max_num_sms: int,
+        finish_calls: Callable[[], None],
+    ) -> None:
+        self._library, self._low_latency, self._region = library, low_latency, region
+        self._max_num_sms = max_num_sms
+        self._device, self._finish_calls = region.device, finish_calls
         self._pending = PendingCalls()
         self._captured: list[Any] = []  # what a graph will use again
-        offset, self._region = backend.take_region()
-        assert offset == 0, "the region must be at the same place on all ranks"
-        out = ctypes.c_void_p()
-        _native.call(
-            self._library.ep_cuda_ll_create,
-            backend.core,
-            offset,
-            num_bytes,
-            mask_silent_ranks,
-            ctypes.byref(out),
-        )
-        self._low_latency = out.value
-        backend.when_destroyed(self._delete)
 
     def choose_num_sms(self, wanted: int | None, *, default: int) -> int:
         """Blocks of a call. Those of all ranks must fit on the GPU: they wait for each other.
@@ -209,3 +207,33 @@ class CudaLowLatency:
         self._pending.clear()
         self._captured.clear()
         self._library.ep_cuda_ll_delete(low_latency)
+
+
+class CudaLowLatency(CudaLlCalls):
+    """Within one node: the region is the first range of the rank's pool.
+
+    Raises:
+        EPConfigError: num_bytes is too small for the words that ranks share, or there are more
+            experts than the kernels have counters for.
+    """
+
+    def __init__(self, backend: CudaBackend, num_bytes: int, *, mask_silent_ranks: bool) -> None:
+        library, out = cuda_ll_library(), ctypes.c_void_p()
+        offset, region = backend.take_region()
+        assert offset == 0, "the region must be at the same place on all ranks"
+        _native.call(
+            library.ep_cuda_ll_create,
+            backend.core,
+            offset,
+            num_bytes,
+            mask_silent_ranks,
+            ctypes.byref(out),
+        )
+        super().__init__(
+            library,
+            out.value,
+            region,
+            max_num_sms=backend.max_num_sms,
+            finish_calls=backend.finish_calls,
+        )
+        backend.when_destroyed(self._delete)

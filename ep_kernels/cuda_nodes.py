@@ -18,6 +18,7 @@ from ep_kernels.errors import EPConfigError, EPDeviceError
 from ep_kernels.group_transport import GroupTransport, PeerGroups
 from ep_kernels.hierarchical import HierarchicalBackend
 from ep_kernels.ll_carriers import GroupCarrier, LaneCarrier
+from ep_kernels.nodes_ll import make_region_over_nodes
 from ep_kernels.streams import CudaStream, Stream
 from ep_kernels.transport import HostTransport
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from ep_kernels.lanes import Lane
     from ep_kernels.ll_carriers import MakeCarrier, RowCarrier
     from ep_kernels.ll_memory import LlMemory
+    from ep_kernels.nodes_ll import NodesLowLatency
+    from ep_kernels.nvshmem_ll import NvshmemLowLatency
     from ep_kernels.topology import Topology
     from ep_kernels.transport import Transport
 
@@ -58,6 +61,20 @@ class CudaNodesBackend(HierarchicalBackend):
             core.destroy()
             raise
         super().__init__(core, DeviceRows(device), bootstrap, settings, topology)
+
+    def make_region(
+        self, bootstrap: Bootstrap, settings: Settings, topology: Topology
+    ) -> NodesLowLatency | NvshmemLowLatency:
+        """For low-latency calls. Collective."""
+        if agree_on_transport(bootstrap) != "nvshmem":
+            return make_region_over_nodes(self, bootstrap, settings, topology)
+        from ep_kernels.nvshmem_ll import make_region_over_nvshmem
+
+        assert isinstance(self._memory, CudaBackend)
+        max_num_sms = self._memory.max_num_sms
+        return make_region_over_nvshmem(
+            self, bootstrap, settings, topology, max_num_sms=max_num_sms
+        )
 
 
 def make_core(bootstrap: Bootstrap, settings: Settings, topology: Topology) -> CpuBackend:

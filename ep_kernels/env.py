@@ -11,6 +11,8 @@ EP_KERNELS_SCALEOUT     how rows of GPUs reach other nodes: "host" (through host
                         "nvshmem" or "auto", the default, which is host
 EP_KERNELS_SIMD         scalar, avx2 or avx512: a slower path of the CPU core (read by the core)
 NVSHMEM_HOME            folder of NVSHMEM, if not that of its package in this Python
+EP_KERNELS_NVSHMEM_DIRECT  all (default), node or none: ranks whose memory low-latency calls over
+                        NVSHMEM address, where it is mapped; others are reached by puts
 NVSHMEM_...             read by NVSHMEM itself; set_nvshmem_defaults() fills in what is not set
 
 What torchrun, Open MPI and SLURM say about the launch is read, too: ranks of a node.
@@ -90,6 +92,16 @@ def scaleout_transport() -> str:
             f"environment variable EP_KERNELS_SCALEOUT={name!r} is not host, nccl, nvshmem or auto"
         )
     return "host" if name == "auto" else name
+
+
+def nvshmem_direct() -> str:
+    """ "all", "node" or "none"."""
+    name = os.environ.get("EP_KERNELS_NVSHMEM_DIRECT") or "all"
+    if name not in ("all", "node", "none"):
+        raise EPConfigError(
+            f"environment variable EP_KERNELS_NVSHMEM_DIRECT={name!r} is not all, node or none"
+        )
+    return name
 
 
 def launched_local_ranks(num_ranks: int) -> tuple[str, int] | None:

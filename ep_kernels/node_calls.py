@@ -163,6 +163,10 @@ class NodeCalls:
         """Calls `function` before this rank leaves the group."""
         self._when_destroyed.append(function)
 
+    def check_usable(self) -> None:
+        """Raises EPConfigError if the buffer was destroyed, or has failed."""
+        self._usable.step("check_usable")
+
     def lose(self, error: EPTimeoutError) -> None:
         """A rank was lost in a call that others make over this group: no call can be made now."""
         phases = {name: number for number, name in _native.PHASES.items()}
@@ -185,7 +189,7 @@ class NodeCalls:
         """Counts the waits of a call, or of a part of it. Tells the peers that this rank is through
         with a call that all of them refuse, or whom it lost, or that it failed itself: then they
         need not wait for what it still owed them."""
-        self._usable.step("check_usable")
+        self.check_usable()
         self._usable.waited_us.zero_()
         rank = self._topology.rank
         try:

@@ -1,55 +1,33 @@
 """Exchanges between GPUs of different nodes that the GPUs begin themselves, over NVSHMEM.
 
-A lane connects the ranks with the same place on all nodes; see docs/multi-node.md, "NVSHMEM". The
-PEs of NVSHMEM are the ranks of the first group that makes lanes. NVSHMEM can be begun only once in
-a process, so later groups are of the same processes; their order and their nodes may be others.
-
-NVSHMEM reads its own settings from the environment; none of them is changed here if it is set:
-
-    NVSHMEM_REMOTE_TRANSPORT     ibrc, ibdevx, ibgda, libfabric (EFA, Slingshot), ucx or none
-    NVSHMEM_HCA_LIST, NVSHMEM_HCA_PE_MAPPING, NVSHMEM_ENABLE_NIC_PE_MAPPING   which network cards
-    NVSHMEM_IB_GID_INDEX         of RoCE
-    NVSHMEM_IB_SL                service level: the virtual lane of InfiniBand
-    NVSHMEM_IB_TRAFFIC_CLASS     of RoCE
-    NVSHMEM_DEBUG                WARN or INFO: what NVSHMEM says while it begins
+A lane connects the ranks with the same place on all nodes; see docs/multi-node.md, "NVSHMEM".
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import ctypes
 import itertools
-import os
-import threading
-import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from ctypes import c_int32, c_int64, c_void_p
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from ep_kernels import env
 from ep_kernels._native import call
 from ep_kernels._native_nvshmem import (
     MAX_SECTIONS,
-    UNIQUE_ID_BYTES,
     LaneExchangeArgs,
     NvshmemConfig,
     nvshmem_library,
-    nvshmem_version,
 )
 from ep_kernels.bootstrap import Bootstrap
-from ep_kernels.errors import EPConfigError, EPDeviceError, EPError, EPTimeoutError
+from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
+from ep_kernels.nvshmem_world import agree, attempt, device_index, join_world
 from ep_kernels.topology import Topology
 
 DEFAULT_NUM_BLOCKS = 4
 DEFAULT_NUM_SLOTS = 4
 DEFAULT_STAGING_BYTES = 64 << 20
-EXIT_S = 5.0
-"""How long a process that ends waits for the others."""
-
 HEAP_EXTRA_BYTES = 32 << 20
 """For the words of rings, and what NVSHMEM takes for itself."""
 
@@ -77,51 +55,6 @@ class NvshmemOptions:
                 raise EPConfigError(f"{name}={getattr(self, name)!r} is not positive")
 
 
-_joined: list[str] | None = None
-"""The processes that NVSHMEM connects with this one, by PE."""
-
-_own_process = ("", -1)
-
-
-def _process_id() -> str:
-    """A name that no other process has, not even one that this one forks."""
-    global _own_process
-    if _own_process[1] != os.getpid():
-        _own_process = (uuid.uuid4().hex, os.getpid())
-    return _own_process[0]
-
-
-def why_not() -> str:
-    """What is missing to use NVSHMEM in this process, or ""."""
-    try:
-        nvshmem_library()
-    except EPDeviceError as error:
-        return str(error)
-    return "" if torch.cuda.is_available() else "NVSHMEM needs a GPU, and torch sees none"
-
-
-def leave(timeout_s: float) -> None:
-    """Ends NVSHMEM in this process, for good. Collective over all processes that it connects, once
-    they need no lane any more. Also done when Python ends, for EXIT_S at most. Nothing if there was
-    no lane.
-
-    Raises:
-        EPTimeoutError: the other ranks did not do the same within the deadline.
-    """
-    global _joined
-    processes, _joined = _joined, None
-    if processes is None:
-        return
-    if problem := _attempt(timeout_s, "end NVSHMEM", "ep_nvshmem_leave"):
-        raise problem
-
-
-def _leave_at_exit() -> None:
-    """NVSHMEM has files in shared memory that it removes at its end."""
-    with contextlib.suppress(EPError):
-        leave(EXIT_S)
-
-
 class NvshmemLane:
     """This rank's rings to and from the ranks with its place on the other nodes. Collective.
 
@@ -131,6 +64,7 @@ class NvshmemLane:
         device: this rank's GPU.
         timeout_s: a rank waits this long for a peer.
         options: see there.
+        heap_bytes: what NVSHMEM has room for, if this is what begins it; None: for the rings.
 
     Raises:
         EPConfigError: on all ranks, if they disagree on an option or it cannot be satisfied.
@@ -147,23 +81,30 @@ class NvshmemLane:
         device: torch.device,
         timeout_s: float,
         options: NvshmemOptions | None = None,
+        heap_bytes: int | None = None,
     ) -> None:
         self.topology, self.device, self.timeout_s = topology, torch.device(device), timeout_s
         self.options = options or NvshmemOptions()
         self._handle: c_void_p | None = None
         self._ranks = [topology.lane_rank(node) for node in range(topology.num_nodes)]
-        processes = bootstrap.all_gather(_process_id())
-        fields = {"num_nodes": topology.num_nodes, "NVSHMEM has begun": _joined is not None}
-        _agree(bootstrap, self._problem(processes), vars(self.options) | fields)
-        self._join(bootstrap, processes)
-        assert _joined is not None
-        self._pes = [_joined.index(processes[rank]) for rank in self._ranks]
+        problem: EPError | None = None
+        if topology.num_nodes < 2:
+            problem = EPConfigError(f"num_nodes={topology.num_nodes}: a lane connects nodes")
+        pes = join_world(
+            bootstrap,
+            device=self.device,
+            timeout_s=timeout_s,
+            heap_bytes=heap_bytes or self.options.staging_bytes + HEAP_EXTRA_BYTES,
+            problem=problem,
+            fields=vars(self.options) | {"num_nodes": topology.num_nodes},
+        )
+        self._pes = [pes[rank] for rank in self._ranks]
         handle, slot_bytes = c_void_p(), c_int64()
         arguments = (ctypes.byref(self._config()), ctypes.byref(handle), ctypes.byref(slot_bytes))
-        problem = _attempt(timeout_s, "make a lane", "ep_nvshmem_lane_create", *arguments)
+        problem = attempt(timeout_s, "make a lane", "ep_nvshmem_lane_create", *arguments)
         # NOTE: the exchange of outcomes is also what keeps a rank from writing into memory whose
         # words are not zero yet.
-        _agree(bootstrap, problem, {})
+        agree(bootstrap, problem, {})
         self._handle, self.slot_bytes = handle, slot_bytes.value
 
     @property
@@ -258,43 +199,10 @@ class NvshmemLane:
         handle, self._handle = self._handle, None
         if handle is None:
             return
-        problem = _attempt(self.timeout_s, "destroy the lane", "ep_nvshmem_lane_destroy", handle)
+        problem = attempt(self.timeout_s, "destroy the lane", "ep_nvshmem_lane_destroy", handle)
         if problem is not None:
             raise problem
         nvshmem_library().ep_nvshmem_lane_delete(handle)
-
-    def _problem(self, processes: list[str]) -> EPError | None:
-        """Why this rank cannot take part."""
-        if self.topology.num_nodes < 2:
-            return EPConfigError(f"num_nodes={self.topology.num_nodes}: a lane connects nodes")
-        if missing := why_not():
-            return EPDeviceError(missing)
-        if self.device.type != "cuda":
-            return EPConfigError(f"device={str(self.device)!r} is not a GPU")
-        if _joined is not None and set(_joined) != set(processes):
-            return EPConfigError(
-                f"a group of {len(processes)} ranks: NVSHMEM has begun in this process for other "
-                f"ones, {len(_joined)}, and cannot begin again"
-            )
-        return None
-
-    def _join(self, bootstrap: Bootstrap, processes: list[str]) -> None:
-        """Begins NVSHMEM, with the unique id of rank 0. Collective."""
-        global _joined
-        if _joined is not None:
-            return
-        env.set_nvshmem_defaults(self.options.staging_bytes + HEAP_EXTRA_BYTES)
-        made = ctypes.create_string_buffer(UNIQUE_ID_BYTES)
-        problem = None
-        if self.topology.rank == 0:
-            problem = _attempt(self.timeout_s, "begin NVSHMEM", "ep_nvshmem_unique_id", made)
-        _agree(bootstrap, problem, {"NVSHMEM": nvshmem_version()})
-        unique_id = bootstrap.all_gather(made.raw)[0]
-        where = (self._device_index(), self.topology.rank, self.topology.num_ranks)
-        problem = _attempt(self.timeout_s, "begin NVSHMEM", "ep_nvshmem_join", *where, unique_id)
-        _agree(bootstrap, problem, {})
-        _joined = processes
-        atexit.register(_leave_at_exit)
 
     def _config(self) -> NvshmemConfig:
         options = self.options
@@ -312,8 +220,7 @@ class NvshmemLane:
         )
 
     def _device_index(self) -> int:
-        index = self.device.index
-        return torch.cuda.current_device() if index is None else index
+        return device_index(self.device)
 
     def _open_handle(self) -> c_void_p:
         if self._handle is None:
@@ -409,54 +316,3 @@ def _range(tensors: Mapping[int, torch.Tensor], node: int, base: int | None) -> 
 def _firsts(counts: Sequence[int]) -> list[int]:
     """Exclusive prefix sums."""
     return [0, *itertools.accumulate(counts)][: len(counts)]
-
-
-def _agree(bootstrap: Bootstrap, problem: EPError | None, fields: dict[str, Any]) -> None:
-    """Raises on all ranks what is wrong on one, or the first field on which they disagree."""
-    answers = bootstrap.all_gather((problem, fields))
-    for rank, (found, _) in enumerate(answers):
-        if found is not None:
-            raise type(found)(f"rank {rank}: {found}")
-    for rank, (_, theirs) in enumerate(answers):
-        for name, value in answers[0][1].items():
-            if theirs[name] != value:
-                raise EPConfigError(
-                    f"ranks disagree on {name}: rank 0 has {value!r}, rank {rank} {theirs[name]!r}"
-                )
-
-
-def _attempt(timeout_s: float, what: str, name: str, *arguments: Any) -> EPError | None:
-    """Calls a function of the C interface that other ranks call, too, and that may never return.
-    Returns its error."""
-    try:
-        _within(timeout_s, lambda: call(getattr(nvshmem_library(), name), *arguments))
-    except TimeoutError:
-        text = f"waited {timeout_s:g} s for the other ranks of the lane to {what}"
-        return EPTimeoutError(text, phase="bootstrap")
-    except EPError as error:
-        return error.with_traceback(None)
-    return None
-
-
-def _within(timeout_s: float, function: Callable[[], None]) -> None:
-    """Calls `function`, which may never return.
-
-    Raises:
-        TimeoutError: it has not returned; its thread is left alone.
-        EPError: what the function raises.
-    """
-    problems: list[EPError] = []
-
-    def run() -> None:
-        try:
-            function()
-        except EPError as error:
-            problems.append(error)
-
-    thread = threading.Thread(target=run, daemon=True, name="ep_kernels NVSHMEM")
-    thread.start()
-    thread.join(timeout_s)
-    if thread.is_alive():
-        raise TimeoutError
-    if problems:
-        raise problems[0]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
 from ep_kernels.group_transport import PeerGroup, Tensors
 from ep_kernels.nvshmem import NvshmemLane, NvshmemOptions
+from ep_kernels.nvshmem_ll import heap_bytes
 from ep_kernels.streams import device_errors
 
 if TYPE_CHECKING:
@@ -120,7 +121,12 @@ def make_nvshmem_group(
     def make() -> NvshmemLane:
         timeout_s = settings.timeout_s
         return NvshmemLane(
-            bootstrap, lane.topology, device=device, timeout_s=timeout_s, options=options
+            bootstrap,
+            lane.topology,
+            device=device,
+            timeout_s=timeout_s,
+            options=options,
+            heap_bytes=options.staging_bytes + heap_bytes(settings),
         )
 
     def fits(rings: NvshmemLane) -> bool:

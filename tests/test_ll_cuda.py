@@ -1,4 +1,9 @@
-"""What low-latency mode promises on GPUs alone: graphs that replay, streams, and endurance."""
+"""What low-latency mode promises on GPUs alone: graphs that replay, streams, and endurance.
+
+Over NVSHMEM, ranks as several nodes: EP_KERNELS_SCALEOUT=nvshmem scripts/with_mps.sh pytest ...
+"""
+
+import os
 
 import ll_cases
 import pytest
@@ -16,7 +21,8 @@ CASE = Case(num_tokens=(40, 23, 50, 7, 64, 0, 1, 12), num_topk=3, hidden=512)
 
 @pytest.fixture
 def ranks(session_pool, num_ranks):
-    return ll_cases.PoolOn("cuda", session_pool).get(num_ranks)
+    backend = "cuda_nodes" if os.environ.get("EP_KERNELS_SCALEOUT") == "nvshmem" else "cuda"
+    return ll_cases.PoolOn(backend, session_pool).get(num_ranks)
 
 
 class OnDevice:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from nvshmem_cases import MIB, Case
 
-from ep_kernels import env, nvshmem
+from ep_kernels import env, nvshmem, nvshmem_world
 from ep_kernels.bootstrap import make_bootstrap
 from ep_kernels.errors import EPConfigError, EPDeviceError, EPTimeoutError
 from ep_kernels.testing import RankPool, assert_bitwise_equal
@@ -25,7 +25,7 @@ DEADLINE_S = 100.0
 
 @pytest.fixture(scope="module")
 def needs_nvshmem():
-    if reason := nvshmem.why_not():
+    if reason := nvshmem_world.why_not():
         pytest.skip(reason)
 
 
@@ -45,7 +45,7 @@ def run_nodes(needs_nvshmem, rank_server):
 
 
 def on_rank_leave(rank):
-    nvshmem.leave(20.0)
+    nvshmem_world.leave(20.0)
 
 
 def on_rank_case(rank, case):
@@ -213,7 +213,7 @@ def on_rank_silent(rank, case, silent):
         with pytest.raises(EPTimeoutError, match=f"gave up on rank {silent}"):
             lane.wait()
     lane.destroy()
-    nvshmem.leave(20.0)
+    nvshmem_world.leave(20.0)
 
 
 @pytest.mark.gpu(1)
@@ -237,7 +237,7 @@ def on_rank_mismatch(rank):
         with pytest.raises(EPConfigError, match="rank 0 sent a piece of 96 bytes.*expected 80"):
             lane.wait()
     lane.destroy()
-    nvshmem.leave(20.0)
+    nvshmem_world.leave(20.0)
 
 
 @pytest.mark.gpu(1)

@@ -26,7 +26,8 @@ import torch.distributed as dist
 
 from ep_kernels.bench.launcher import join_ranks, run_on_gpus
 from ep_kernels.bootstrap import make_bootstrap
-from ep_kernels.nvshmem import NvshmemLane, NvshmemOptions, leave
+from ep_kernels.nvshmem import NvshmemLane, NvshmemOptions
+from ep_kernels.nvshmem_world import leave
 from ep_kernels.topology import Topology
 
 TIMEOUT_S = 20.0

@@ -1,12 +1,6 @@
 #include "bindings/ll_cuda_api.h"
 
-#include "bindings/cuda_handles.h"
-#include "cuda/low_latency.h"
-
-struct EpCudaLowLatency {
-  ep::cuda::LowLatency impl;
-  int num_ranks;
-};
+#include "bindings/ll_cuda_handles.h"
 
 using ep::guarded;
 using ep::cuda::LowLatency;
@@ -21,15 +15,6 @@ void ep_cuda_ll_abi_sizes(int32_t sizes[3]) {
   sizes[0] = sizeof(ep::LlSizes);
   sizes[1] = sizeof(ep::LlDispatchArgs);
   sizes[2] = sizeof(ep::LlCombineArgs);
-}
-
-int32_t ep_cuda_ll_create(EpCudaBuffer* buffer, int64_t region, int64_t region_bytes,
-                          int32_t mask_silent_ranks, EpCudaLowLatency** low_latency,
-                          EpError* error) {
-  return guarded(error, [&] {
-    const LowLatency::Config config{region, region_bytes, mask_silent_ranks != 0};
-    *low_latency = new EpCudaLowLatency{{buffer->impl, config}, buffer->impl.group().num_ranks};
-  });
 }
 
 void ep_cuda_ll_delete(EpCudaLowLatency* low_latency) { delete low_latency; }

@@ -11,7 +11,9 @@
 
 #include "core/ht_args.h"
 #include "core/pool_allocator.h"
+#include "cuda/device_guard.h"
 #include "cuda/group.h"
+#include "cuda/ll_owner.h"
 
 namespace ep::cuda {
 
@@ -25,19 +27,6 @@ struct Pool {
   int device;
   uint8_t* segment = nullptr;  ///< control region, then pool
   PoolAllocator allocator;
-};
-
-/// Makes a device current for a scope.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device);
-  ~DeviceGuard();
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int device_;
-  int previous_ = 0;
 };
 
 /// A range of a pool, given back at the end unless somebody has taken it over.
@@ -68,9 +57,6 @@ struct Received {
                 bool chains_rows);
 };
 
-/// The capture that a stream takes part in, or 0.
-unsigned long long capture_of(cudaStream_t stream);
-
 /// How a call is ordered with the work of its caller.
 struct CallOrder {
   cudaStream_t caller;
@@ -83,7 +69,7 @@ struct CallOrder {
 /// dispatch_fresh(), wait() and destroy() wait for the device. A call runs on its caller's stream
 /// if each is to wait for the other anyway, else on the communication stream; either way after the
 /// calls before it.
-class Buffer {
+class Buffer : public LlOwner {
  public:
   struct Config {
     int device;
@@ -100,7 +86,7 @@ class Buffer {
   static constexpr int64_t kFirstCaptured = int64_t{1} << 40;
 
   explicit Buffer(const Config& config);
-  ~Buffer();
+  ~Buffer() override;
 
   cudaIpcMemHandle_t memory_handle() const;
   /// Maps the segments of all peers from their handles. `remote_ranks`: a bit for each rank to
@@ -113,15 +99,13 @@ class Buffer {
   uint8_t* pool_base() const { return group_.segments[config_.rank] + control_bytes_; }
   int num_local_experts() const { return group_.num_local_experts; }
   int num_experts() const { return static_cast<int>(config_.expert_rank.size()); }
-  const DeviceGroup& group() const { return group_; }
-  const std::vector<int32_t>& expert_rank() const { return config_.expert_rank; }
-  int device() const { return config_.device; }
-  int64_t timeout_us() const { return config_.timeout_us; }
+  const DeviceGroup& group() const override { return group_; }
+  const std::vector<int32_t>& expert_rank() const override { return config_.expert_rank; }
+  int device() const override { return config_.device; }
+  int64_t timeout_us() const override { return config_.timeout_us; }
 
-  /// Throws if the buffer was destroyed or has failed.
-  void check_usable() const;
-  /// A call has run out of time: no more calls.
-  void fail(const std::string& why);
+  void check_usable() const override;
+  void fail(const std::string& why) override;
 
   // Calls. Each returns its number.
 

@@ -12,13 +12,6 @@
 
 namespace ep::cuda {
 
-unsigned long long capture_of(cudaStream_t stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  unsigned long long id = 0;
-  EP_CHECK_CUDA(cudaStreamGetCaptureInfo(stream, &status, &id));
-  return status == cudaStreamCaptureStatusNone ? 0 : id;
-}
-
 int64_t Buffer::begin_call(const CallOrder& order, int64_t* waited_us) {
   // NOTE: a call that its caller waits for anyway runs on the caller's stream: each of the two hops
   // between streams would cost as much as a launch.

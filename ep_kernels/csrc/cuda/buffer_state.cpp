@@ -22,15 +22,6 @@ void allocate_device(T** memory, size_t num_bytes) {
 
 }  // namespace
 
-DeviceGuard::DeviceGuard(int device) : device_(device) {
-  EP_CHECK_CUDA(cudaGetDevice(&previous_));
-  if (previous_ != device) EP_CHECK_CUDA(cudaSetDevice(device));
-}
-
-DeviceGuard::~DeviceGuard() {
-  if (previous_ != device_) cudaSetDevice(previous_);
-}
-
 Pool::Pool(int on_device, int64_t control_bytes, int64_t pool_bytes)
     : device(on_device), allocator(pool_bytes) {
   DeviceGuard guard(device);

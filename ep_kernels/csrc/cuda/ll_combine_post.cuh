@@ -1,5 +1,6 @@
 #pragma once
 
+#include "cuda/ll_far_rows.cuh"
 #include "cuda/ll_posts.cuh"
 
 // How a rank announces a combine: by the send kernel, or by the kernel of a whole call.
@@ -22,6 +23,7 @@ __device__ inline LlRanks ll_post_rows(const LlGroup& g, const LlCombineCall& ca
   const int32_t error = g.state->halves[call.half].error;
   const AtomicWord bad = read_word(&g.state->bad);
   if (threadIdx.x == 0) ll_stamp(g, start.number, kLlStampWritten);
+  if (!error) ll_send_far_results(g, call);
   const LlRanks view = ll_collect_old(g, board, start);
   ll_begin_words(start, words, LlOp::kCombine, call.sizes, call.held);
   if (threadIdx.x == 0) {
@@ -42,6 +44,7 @@ __device__ inline LlRanks ll_post_rows(const LlGroup& g, const LlCombineCall& ca
     __threadfence_system();  // rows, then the words that announce them
     ll_send_post(g, start.number, words, ll_peers(g, view), threadIdx.x, 32);
   }
+  ll_share_post(g, start.number, 2 * kNumLlWords, ll_peers(g, view));
   if (threadIdx.x == 0) ll_stamp(g, start.number, kLlStampSaid);
   return view;
 }

@@ -45,8 +45,12 @@ struct Sums {
   int begin, end;        ///< pieces
   int pieces_per_token, tokens_per_wave;
 
-  /// A row at its owner, in half 0 of it unless it is in the caller's tensor.
-  __device__ Source find(int rank, int64_t local, int64_t row, float weight) const {
+  /// A row at its owner, in half 0 of it, unless it is in the caller's tensor or came from far.
+  __device__ Source find(int64_t expert, int64_t row, float weight) const {
+    const int rank = g.group.placement.rank_of[expert];
+    if (ll_is_far(g, rank))
+      return {ll_far_result(g, call.sizes, call.half, expert, row), weight, -1};
+    const int64_t local = g.group.placement.local_of[expert];
     const LlHalfLayout half(call.sizes, g.group.num_ranks, g.num_local[rank]);
     if (rank == g.group.rank && !ll_is_compressed(call))  // own rows were not staged
       return {reinterpret_cast<const uint8_t*>(call.args.x + (local * half.rows_per_expert + row) *
@@ -70,8 +74,7 @@ struct Sums {
       list[i] = {nullptr, weight, -1};
       const bool is_sent = row >= 0 && expert >= 0 && expert < g.group.num_experts;
       if (is_sent)  // after a dispatch that failed these words may be anything
-        list[i] = find(g.group.placement.rank_of[expert], g.group.placement.local_of[expert], row,
-                       weight);
+        list[i] = find(expert, row, weight);
     }
   }
 

@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(kNumThreads)
   if (threadIdx.x == 0) words.word[kLlWordMasked] = view;
   __syncthreads();
   ll_send_post(g, number, words, ll_peers(g, view), threadIdx.x, blockDim.x);
+  ll_share_post(g, number, 2 * kNumLlWords, ll_peers(g, view));
   if (is_refused) ll_post_again(g, number, 0, words, call.text, ll_peers(g, view));
   const LlRanks came =
       ll_wait_posts(g, board, number, ll_peers(g, view), nullptr,

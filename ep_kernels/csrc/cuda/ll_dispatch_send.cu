@@ -16,6 +16,7 @@
 #include "core/math.h"
 #include "cuda/check_cuda.h"
 #include "cuda/ll_agreement.cuh"
+#include "cuda/ll_far_rows.cuh"
 #include "cuda/ll_kernels.h"
 #include "cuda/ll_receive.cuh"
 #include "cuda/ll_share.cuh"
@@ -83,6 +84,7 @@ __device__ void post_counts(const LlShare<Format>& share, const LlStart& start, 
   const LlRanks to = ll_peers(share.g, start.masked);
   ll_send_post(share.g, share.number, words, to, threadIdx.x, blockDim.x);
   ll_send_counts(share.g, share.number, share.next, to);
+  ll_share_post(share.g, share.number, 2 * kNumLlWords + share.g.group.num_experts, to);
   __syncthreads();  // the counters are used again
 }
 
@@ -137,10 +139,12 @@ __device__ LlDoneLine& done_line_at(const LlShare<Format>& share, int peer) {
 }
 
 /// All threads of one block: writes a view to the lines of done of `told`, ahead of their flags.
+/// Far ranks get it with the flag.
 template <typename Format>
 __device__ void tell_view(const LlShare<Format>& share, LlRanks told, LlRanks view) {
   for (int peer = threadIdx.x; peer < share.g.group.num_ranks; peer += blockDim.x)
-    if (ll_has(told, peer)) done_line_at(share, peer).view.words[0] = view;
+    if (ll_has(told, peer) && !ll_is_far(share.g, peer))
+      done_line_at(share, peer).view.words[0] = view;
 }
 
 /// All threads of the last block: tells all ranks, and keeps what the receive half has to know.
@@ -156,7 +160,10 @@ __device__ void close(const LlShare<Format>& share, const LlSettled& settled) {
   for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x) {
     if (!ll_has(told, peer)) continue;
     half.peer_half[peer] = static_cast<uint8_t>(share.board.posts[peer].word[kLlWordWindow]);
-    store_flag(&done_line_at(share, peer).flag, share.number + 1);
+    LlDoneLine& line = done_line_at(share, peer);
+    if (ll_is_far(g, peer))
+      ll_put_word(g, peer, line.view.words, is_given_up ? kLlGivenUp : settled.view);
+    ll_put_flag(g, peer, &line.flag, share.number + 1);
   }
   if (is_given_up) keep_own_rows(share, settled.view);
   if (threadIdx.x != 0) return;
@@ -221,6 +228,7 @@ __global__ void __launch_bounds__(kLlSendThreads, 1)
   }
   if (is_first) ll_stamp(g, share.number, kLlStampSent);
   if (!ll_is_last_block<LlReaders::kPeers>(g)) return;
+  if (settled.verdict == LlVerdict::kGo) ll_send_far_rows(share, ll_peers(g, settled.view));
   close(share, settled);
   if (!call.is_whole) return;
   __syncthreads();

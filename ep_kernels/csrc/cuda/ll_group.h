@@ -114,6 +114,15 @@ struct LlState {
   uint64_t stamps[kNumLlStamped][kNumLlStamps];  ///< [number % kNumLlStamped] nanoseconds
 };
 
+/// Ranks whose memory kernels cannot address: rows for them are laid out in this rank's memory and
+/// sent from there, and their results come to the same places. See ll_wire.cuh, ll_far_rows.cuh.
+struct LlFar {
+  LlRanks ranks;
+  uint8_t* rows;           ///< [2 halves, E, M] rows of 2 H bytes
+  int64_t half_bytes;      ///< of each half of `rows`
+  int16_t pes[kMaxRanks];  ///< what the network calls each rank
+};
+
 /// The group as the kernels see it; passed by value.
 struct LlGroup {
   DeviceGroup group;
@@ -124,7 +133,9 @@ struct LlGroup {
   int32_t is_captured;  ///< into a graph: the record is that of all such calls, told of errors only
   LlControlLayout layout{1, 1};
   int16_t num_local[kMaxRanks];  ///< experts of each rank
-  uint8_t* regions[kMaxRanks];   ///< of each rank, as mapped here
+  /// Of each rank, as mapped here; of a far rank, this rank's own: there it has the same place.
+  uint8_t* regions[kMaxRanks];
+  LlFar far;
 };
 
 struct LlDispatchCall {

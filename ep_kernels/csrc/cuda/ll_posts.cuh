@@ -52,15 +52,16 @@ __device__ inline void ll_refuse_in(LlWords& words, LlStatus kind, const int64_t
   for (int i = 0; i < 4; ++i) words.word[2 + i] = static_cast<uint64_t>(detail[i]);
 }
 
-/// Threads of one block or warp, `part` of `num_parts`: writes the post in words with tags.
-/// NOTE: they have no order; a post that announces rows needs a fence of each thread before.
+/// Threads of one block or warp, `part` of `num_parts`: writes the post in words with tags, except
+/// to far ranks, see ll_share_post(). NOTE: they have no order; a post that announces rows needs a
+/// fence of each thread before.
 __device__ inline void ll_send_post(const LlGroup& g, uint64_t number, const LlWords& words,
                                     LlRanks to, int part, int num_parts) {
   const int rank = g.group.rank;
   for (int i = part; i < g.group.num_ranks * 2 * kNumLlWords; i += num_parts) {
     const int peer = i / (2 * kNumLlWords), at = i % (2 * kNumLlWords);
     const auto value = static_cast<uint32_t>(words.word[at / 2] >> (32 * (at % 2)));
-    if (ll_has(to, peer))
+    if (ll_has(to, peer) && !ll_is_far(g, peer))
       store_relaxed(ll_tagged(g, number, peer, rank) + at, ll_tag(number, value));
   }
 }
@@ -71,10 +72,23 @@ __device__ inline void ll_send_counts(const LlGroup& g, uint64_t number, const i
   const int num_ranks = g.group.num_ranks, num_experts = g.group.num_experts;
   for (int i = threadIdx.x; i < num_ranks * num_experts; i += blockDim.x) {
     const int peer = i / num_experts, expert = i % num_experts;
-    if (ll_has(to, peer))
+    if (ll_has(to, peer) && !ll_is_far(g, peer))
       store_relaxed(ll_tagged_counts(g, number, peer, g.group.rank) + expert,
                     ll_tag(number, static_cast<uint32_t>(counts[expert])));
   }
+}
+
+/// All threads of one block: sends the far ranks of `to` what this rank has from itself: the first
+/// `num_words` words with tags.
+__device__ inline void ll_share_post(const LlGroup& g, uint64_t number, int num_words, LlRanks to) {
+  if (!ll_has_far(g)) return;
+  __threadfence_system();
+  __syncthreads();
+  uint64_t* words = ll_tagged(g, number, g.group.rank, g.group.rank);
+  for (int peer = static_cast<int>(threadIdx.x) / 32; peer < g.group.num_ranks;
+       peer += static_cast<int>(blockDim.x) / 32)
+    if (ll_has(to, peer) && ll_is_far(g, peer))
+      ll_put_bytes(g, peer, words, words, num_words * int64_t{sizeof(uint64_t)});
 }
 
 /// All threads: writes a post with a flag to the ranks of `to`: a later attempt, or one with text.
@@ -83,15 +97,25 @@ __device__ inline void ll_post_again(const LlGroup& g, uint64_t number, int atte
   const int rank = g.group.rank, num_ranks = g.group.num_ranks;
   for (int i = threadIdx.x; i < num_ranks * kNumLlWords; i += blockDim.x) {
     const int peer = i / kNumLlWords, word = i % kNumLlWords;
-    if (ll_has(to, peer))
+    if (ll_has(to, peer) && !ll_is_far(g, peer))
       reinterpret_cast<uint64_t*>(&ll_post(g, number, peer, rank))[word] = words.word[word];
   }
   for (int i = threadIdx.x; text && i < num_ranks * kMaxText; i += blockDim.x)
-    if (ll_has(to, i / kMaxText))
+    if (ll_has(to, i / kMaxText) && !ll_is_far(g, i / kMaxText))
       ll_post(g, number, i / kMaxText, rank).text[i % kMaxText] = text[i % kMaxText];
+  if (ll_has_far(g)) __threadfence_system();
   __syncthreads();
+  LlPost& own = ll_post(g, number, rank, rank);
+  for (int peer = static_cast<int>(threadIdx.x) / 32; peer < num_ranks && ll_has_far(g);
+       peer += static_cast<int>(blockDim.x) / 32)
+    if (ll_has(to, peer) && ll_is_far(g, peer)) ll_put_bytes(g, peer, &own, &own, sizeof(own));
+  if (ll_has_far(g)) {
+    ll_finish_puts();
+    __syncthreads();
+  }
   for (int peer = threadIdx.x; peer < num_ranks; peer += blockDim.x)
-    if (ll_has(to, peer)) store_flag(ll_flag(g, number, peer, rank), ll_post_flag(number, attempt));
+    if (ll_has(to, peer))
+      ll_put_flag(g, peer, ll_flag(g, number, peer, rank), ll_post_flag(number, attempt));
 }
 
 /// Whether a peer has posted again, so that only the words behind the flag count.
@@ -143,6 +167,7 @@ __device__ bool ll_take_posts(const LlGroup& g, LlBoard& board, uint64_t number,
     LlLoss loss = LlLoss::kLate;
     const bool has_come = wait(
         src, &loss, [&] { return ll_read_halves(halves, number, &board.posts[src].word[word]); });
+    if (has_come) ll_take_arrival(g, src, halves);
     ended(src, word, has_come, loss);
     have_come &= has_come;
   }
@@ -179,9 +204,10 @@ __device__ inline void ll_lose_count(const LlGroup& g, uint64_t number, int peer
 /// One thread: what the post of a peer says was wrong with it. It has come.
 __device__ inline void ll_read_text(const LlGroup& g, uint64_t number, int peer, char* text) {
   const uint64_t deadline = now_ns() + g.group.timeout_ns;
-  while (load_flag(ll_flag(g, number, g.group.rank, peer)) < ll_post_flag(number, 0) &&
-         now_ns() < deadline) {
+  const uint64_t* flag = ll_flag(g, number, g.group.rank, peer);
+  while (load_flag(flag) < ll_post_flag(number, 0) && now_ns() < deadline) {
   }
+  ll_take_arrival(g, peer, flag);
   for (int i = 0; i < kMaxText; ++i) text[i] = ll_post(g, number, g.group.rank, peer).text[i];
 }
 

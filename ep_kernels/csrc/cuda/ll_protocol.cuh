@@ -3,6 +3,7 @@
 #include "core/ll_protocol.h"
 #include "cuda/device/sync.cuh"
 #include "cuda/ll_group.h"
+#include "cuda/ll_wire.cuh"
 #include "cuda/protocol.cuh"
 
 // Protocol steps of low-latency mode, as in cpu/ll_exchange.h: the words of the region, masks,
@@ -77,7 +78,7 @@ __device__ __forceinline__ LlRanks ll_peers(const LlGroup& g, LlRanks view) {
 /// One thread. Leaves `peer` out from now on; it knows before anything it may read is overwritten.
 __device__ inline void ll_mask(const LlGroup& g, int peer) {
   if (ll_has(atomicOr(atomic_word(&g.state->masked), ll_bit(peer)), peer)) return;
-  store_flag(&ll_mask_line(g, peer, g.group.rank).state, kLlMasked);
+  ll_put_flag(g, peer, &ll_mask_line(g, peer, g.group.rank).state, kLlMasked);
   __threadfence_system();
 }
 
@@ -129,12 +130,8 @@ __device__ inline void ll_lose(const LlGroup& g, const TimeoutRecord& what, LlLo
   if (load_word(&told.failed) != 0 && what.peer != rank) timeout.peer = told.culprit;
   g.state->lost = timeout;
   g.state->loss = static_cast<int64_t>(loss);
-  for (int peer = 0; peer < g.group.num_ranks; ++peer) {
-    PeerLine& line = peer_line(g.group, peer, rank);
-    line.culprit = timeout.peer;
-    line.culprit_phase = timeout.phase;
-    store_word(&line.failed, 1u);
-  }
+  for (int peer = 0; peer < g.group.num_ranks; ++peer)
+    ll_put_failure(g, peer, peer_line(g.group, peer, rank), timeout.peer, timeout.phase);
 }
 
 __device__ __forceinline__ TimeoutRecord ll_timeout(const LlGroup& g, Phase phase, int peer,

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "cuda/ll_far_rows.cuh"
 #include "cuda/ll_posts.cuh"
 #include "cuda/ll_rows.cuh"
 
@@ -55,6 +56,7 @@ __device__ inline LlRanks ll_wait_rows(const LlGroup& g, const LlDispatchCall& c
       seen = load_flag(&line.flag);
       return seen >= expected;
     });
+    if (has_come) ll_take_arrival(g, peer, &line.flag);
     if (!has_come)
       ll_lose(g, ll_timeout(g, Phase::kRows, peer, expected, seen), loss);
     else if (__ldcg(reinterpret_cast<const AtomicWord*>(line.view.words)) == view)
@@ -128,6 +130,7 @@ __device__ inline void ll_receive_rows(const LlGroup& g, const LlDispatchCall& c
     call.args.missing[src] = !ll_has(came, src);
   for (int src = 0; src < num_ranks; ++src)
     if (ll_has(peers & ~came, src)) ll_clear_rows(g, call, counts, src);
+  ll_place_far_scales(g, call, counts, peers & came);
   ll_add_stats(g, call.args, counts, came);
   __syncthreads();
   if (threadIdx.x != 0) return;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "core/math.h"
+#include "cuda/ll_far_layout.cuh"
 #include "cuda/ll_posts.cuh"
 #include "cuda/ll_rows.cuh"
 
@@ -120,11 +121,14 @@ struct LlShare {
       const auto choice = slots[i].choice;
       int32_t row = -1;
       LlTarget target{};
-      if (choice.rank >= 0 && ll_has(peers, choice.rank)) {
+      if (choice.rank >= 0 && ll_has(peers, choice.rank) && ll_is_far(g, choice.rank)) {
+        row = choice.row;
+        target = ll_far_target(g, sizes, call.half, choice.expert, row);
+      } else if (choice.rank >= 0 && ll_has(peers, choice.rank)) {
         const int32_t before = rows_before(choice.expert, peers, deadline);
         if (before >= 0) row = choice.row + before;
       }
-      if (row >= 0) {
+      if (row >= 0 && !target.row) {
         const LlHalfLayout half(sizes, g.group.num_ranks, g.num_local[choice.rank]);
         const auto at = static_cast<int>(board.posts[choice.rank].word[kLlWordWindow]);
         uint8_t* window = ll_window(g, choice.rank, at);
@@ -152,7 +156,8 @@ struct LlShare {
     for (int k = 0; k < num_topk(); ++k) {
       const LlTarget target = of_token[k].target;
       if (target.row)
-        Format::store(call.args, loaded, target, number_in_row, stride, threadIdx.x % kWarpSize);
+        Format::store(call.args, loaded, target, number_in_row,
+                      ll_is_far_target(g, target) ? 1 : stride, threadIdx.x % kWarpSize);
     }
   }
 

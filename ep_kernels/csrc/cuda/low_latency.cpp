@@ -11,6 +11,7 @@
 #include "core/check.h"
 #include "core/ll_layout.h"
 #include "cuda/check_cuda.h"
+#include "cuda/device_guard.h"
 #include "cuda/ll_kernels.h"
 
 namespace ep::cuda {
@@ -37,9 +38,9 @@ T* allocate(size_t num_elements) {
 
 }  // namespace
 
-LowLatency::LowLatency(Buffer& buffer, const Config& config)
-    : buffer_(buffer), config_(config), num_local_(0), calls_(kNumRecords) {
-  const DeviceGroup& group = buffer.group();
+LowLatency::LowLatency(LlOwner& owner, const Config& config)
+    : owner_(owner), config_(config), num_local_(0), calls_(kNumRecords) {
+  const DeviceGroup& group = owner.group();
   EP_CHECK(group.num_experts <= kMaxLlExperts, "num_experts=", group.num_experts, " exceeds ",
            kMaxLlExperts, ", the limit of low-latency mode");
   group_.group = group;
@@ -48,12 +49,13 @@ LowLatency::LowLatency(Buffer& buffer, const Config& config)
   EP_CHECK(group_.half_bytes > 0, "low_latency_bytes=", config.region_bytes,
            " leaves no room for rows: ", group_.layout.num_bytes, " bytes are control words");
   group_.mask_silent_ranks = config.mask_silent_ranks;
-  for (const int32_t rank : buffer.expert_rank())
+  group_.far = config.far;
+  for (const int32_t rank : owner.expert_rank())
     num_local_ = std::max<int>(num_local_, ++group_.num_local[rank]);
   for (int rank = 0; rank < group.num_ranks; ++rank)
     group_.regions[rank] = group.pool(rank) + config.region;
 
-  DeviceGuard guard(buffer.device());
+  DeviceGuard guard(owner.device());
   group_.state = allocate<LlState>(1);
   EP_CHECK_CUDA(cudaMemset(&group_.state->bad, 0xff, sizeof(group_.state->bad)));
   group_.counts = allocate<int32_t>(size_t{2} * group.num_local_experts * group.num_ranks);
@@ -97,7 +99,7 @@ void LowLatency::order(cudaStream_t stream) {
 /// Takes a record that nobody needs any more; after order().
 LowLatency::Call& LowLatency::open_call(LlOp op, cudaStream_t stream) {
   const auto deadline =
-      Clock::now() + std::chrono::microseconds(2 * buffer_.timeout_us() + 1000000);
+      Clock::now() + std::chrono::microseconds(2 * owner_.timeout_us() + 1000000);
   for (int64_t i = next_number_;; ++i) {
     Call& call = calls_[i % kNumRecords];
     LlRecord& record = records_[i % kNumRecords];
@@ -114,7 +116,7 @@ LowLatency::Call& LowLatency::open_call(LlOp op, cudaStream_t stream) {
     if (i % kNumRecords != kNumRecords - 1) continue;
     if (Clock::now() > deadline)
       throw DeviceError(concat(kNumRecords, " low-latency calls are still under way after ",
-                               2e-6 * static_cast<double>(buffer_.timeout_us()), " s"));
+                               2e-6 * static_cast<double>(owner_.timeout_us()), " s"));
     std::this_thread::sleep_for(std::chrono::microseconds(20));
   }
 }
@@ -148,7 +150,7 @@ LlCombineCall LowLatency::combine_call(const Call& call, bool is_whole) const {
 LowLatency::Started LowLatency::dispatch(const LlDispatchArgs& args, Receive receive,
                                          cudaStream_t stream) {
   check_usable();
-  DeviceGuard guard(buffer_.device());
+  DeviceGuard guard(owner_.device());
   int index = 0;
   refusing(stream, [&] {
     validate(args);
@@ -172,7 +174,7 @@ LowLatency::Started LowLatency::dispatch(const LlDispatchArgs& args, Receive rec
 LowLatency::Started LowLatency::combine(const LlCombineArgs& args, Receive receive,
                                         cudaStream_t stream) {
   check_usable();
-  DeviceGuard guard(buffer_.device());
+  DeviceGuard guard(owner_.device());
   const auto dispatch = static_cast<int64_t>(args.dispatch);
   int index = 0;
   refusing(stream, [&] {
@@ -229,7 +231,7 @@ void LowLatency::finish(Call& call, Receive receive, cudaStream_t stream) {
 
 void LowLatency::receive(int64_t number, cudaStream_t stream) {
   check_usable();
-  DeviceGuard guard(buffer_.device());
+  DeviceGuard guard(owner_.device());
   drop_released();
   auto* call = const_cast<Call*>(find(number));
   EP_CHECK(call && call->is_pending, "hook of low-latency call ", number,
@@ -249,7 +251,7 @@ void LowLatency::launch_plain(const Call& call, const std::string& text, cudaStr
 
 void LowLatency::barrier(cudaStream_t stream) {
   check_usable();
-  DeviceGuard guard(buffer_.device());
+  DeviceGuard guard(owner_.device());
   order(stream);
   const Call& call = open_call(LlOp::kBarrier, stream);
   launch_plain(call, "", stream);
@@ -258,7 +260,7 @@ void LowLatency::barrier(cudaStream_t stream) {
 
 void LowLatency::refuse(const std::string& reason, cudaStream_t stream) {
   check_usable();
-  DeviceGuard guard(buffer_.device());
+  DeviceGuard guard(owner_.device());
   order(stream);
   const Call& call = open_call(LlOp::kRefused, stream);
   launch_plain(call, reason, stream);
@@ -268,14 +270,14 @@ void LowLatency::refuse(const std::string& reason, cudaStream_t stream) {
 
 void LowLatency::mask(int rank, cudaStream_t stream) {
   check_usable();
-  DeviceGuard guard(buffer_.device());
+  DeviceGuard guard(owner_.device());
   order(stream);
   launch_ll_mask(group_, {ll_bit(rank), 1, held()}, stream);
 }
 
 void LowLatency::unmask(int rank, cudaStream_t stream) {
   check_usable();
-  DeviceGuard guard(buffer_.device());
+  DeviceGuard guard(owner_.device());
   drop_released();
   order(stream);
   const LlRanks ranks = rank < 0 ? ll_all(group_.group.num_ranks) : ll_bit(rank);
@@ -294,7 +296,7 @@ void LowLatency::unmask(int rank, cudaStream_t stream) {
 
 LlRanks LowLatency::masked(cudaStream_t stream) {
   check_usable();
-  DeviceGuard guard(buffer_.device());
+  DeviceGuard guard(owner_.device());
   order(stream);
   LlRanks masked = 0;
   EP_CHECK_CUDA(cudaMemcpyAsync(&masked, &group_.state->masked, sizeof(masked),
@@ -304,7 +306,7 @@ LlRanks LowLatency::masked(cudaStream_t stream) {
 }
 
 void LowLatency::stamps(uint64_t* out, cudaStream_t stream) {
-  DeviceGuard guard(buffer_.device());
+  DeviceGuard guard(owner_.device());
   EP_CHECK_CUDA(cudaMemcpyAsync(out, group_.state->stamps, sizeof(group_.state->stamps),
                                 cudaMemcpyDeviceToHost, stream));
   EP_CHECK_CUDA(cudaStreamSynchronize(stream));

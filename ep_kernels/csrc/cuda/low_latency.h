@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "core/ll_args.h"
-#include "cuda/buffer.h"
 #include "cuda/ll_group.h"
+#include "cuda/ll_owner.h"
 
 namespace ep::cuda {
 
@@ -22,6 +22,7 @@ class LowLatency {
     int64_t region;  ///< pool offset of the region, the same on all ranks
     int64_t region_bytes;
     bool mask_silent_ranks;
+    LlFar far{};  ///< ranks whose memory cannot be addressed
   };
   enum class Receive : int32_t { kNow = 0, kAsync = 1, kLater = 2 };
   struct Started {
@@ -29,7 +30,7 @@ class LowLatency {
     int64_t window;  ///< pool offset of this rank's half
   };
 
-  LowLatency(Buffer& buffer, const Config& config);
+  LowLatency(LlOwner& owner, const Config& config);
   ~LowLatency();
   LowLatency(const LowLatency&) = delete;
   LowLatency& operator=(const LowLatency&) = delete;
@@ -103,7 +104,7 @@ class LowLatency {
   std::string refusal(const LlRecord& record) const;
   std::string timeout_text(const LlRecord& record) const;
 
-  Buffer& buffer_;
+  LlOwner& owner_;
   Config config_;
   LlGroup group_{};
   int num_local_;  ///< the largest of all ranks

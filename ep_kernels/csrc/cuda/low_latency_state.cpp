@@ -7,6 +7,7 @@
 #include "core/check.h"
 #include "core/ll_layout.h"
 #include "cuda/check_cuda.h"
+#include "cuda/device_guard.h"
 #include "cuda/low_latency.h"
 
 namespace ep::cuda {
@@ -74,7 +75,7 @@ void LowLatency::check_fits(const LlSizes& sizes) const {
 
 /// Also of graphs that were replayed since.
 void LowLatency::check_usable() {
-  buffer_.check_usable();
+  owner_.check_usable();
   LlRecord& record = records_[kNumRecords];
   const int32_t status = __atomic_load_n(&record.status, __ATOMIC_ACQUIRE);
   if (status == static_cast<int32_t>(LlStatus::kOk)) return;
@@ -100,7 +101,7 @@ void LowLatency::wait(int64_t number) {
   using Clock = std::chrono::steady_clock;
   const Call* call = find(number);
   if (!call || call->is_pending) return;
-  DeviceGuard guard(buffer_.device());
+  DeviceGuard guard(owner_.device());
   const auto start = Clock::now();
   constexpr auto kSpin = std::chrono::microseconds(500);
   while (!is_finished(number)) {
@@ -122,7 +123,7 @@ void LowLatency::check(int64_t number) {
 void LowLatency::make_stream_wait(int64_t number, cudaStream_t stream) {
   const Call* call = find(number);
   if (!call || call->is_pending || call->stream == stream) return;
-  DeviceGuard guard(buffer_.device());
+  DeviceGuard guard(owner_.device());
   EP_CHECK_CUDA(cudaEventRecord(order_event_, call->stream));
   EP_CHECK_CUDA(cudaStreamWaitEvent(stream, order_event_, 0));
 }
@@ -140,7 +141,7 @@ std::string LowLatency::timeout_text(const LlRecord& record) const {
     case LlLoss::kLate:
       break;
   }
-  return concat("rank ", timeout.rank, " waited ", static_cast<double>(buffer_.timeout_us()) * 1e-6,
+  return concat("rank ", timeout.rank, " waited ", static_cast<double>(owner_.timeout_us()) * 1e-6,
                 " s for rank ", timeout.peer, " ", phase, ": expected ", timeout.expected,
                 ", seen ", timeout.seen);
 }
@@ -192,7 +193,7 @@ void LowLatency::throw_status(const LlRecord& record) {
                                      record.detail[0], " has let go of that of call ",
                                      record.detail[1], ", rank ", record.rank, " has not"));
     case LlStatus::kTimeout:
-      buffer_.fail(timeout_text(record));
+      owner_.fail(timeout_text(record));
       throw TimeoutError(timeout_text(record), record.timeout);
     default:
       throw DisagreementError(refusal(record));

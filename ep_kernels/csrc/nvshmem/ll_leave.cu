@@ -1,0 +1,31 @@
+#define EP_LL_WIRE "nvshmem/ll_wire.cuh"
+
+#include "cuda/check_cuda.h"
+#include "cuda/protocol.cuh"
+#include "nvshmem/ll_memory.h"
+#include "nvshmem/ll_wire.cuh"
+
+namespace ep::nvshmem {
+namespace {
+
+__global__ void leave_kernel(const __grid_constant__ cuda::LlGroup g) {
+  const int rank = g.group.rank;
+  for (int peer = threadIdx.x; peer < g.group.num_ranks; peer += blockDim.x) {
+    if (peer == rank) continue;
+    PeerLine& line = cuda::peer_line(g.group, peer, rank);
+    if (cuda::ll_is_far(g, peer))
+      nvshmem_uint32_p(&line.departed, 1u, g.far.pes[peer]);
+    else
+      cuda::store_word(&line.departed, 1u);
+  }
+  cuda::ll_finish_puts();
+}
+
+}  // namespace
+
+void launch_ll_leave(const cuda::LlGroup& group, cudaStream_t stream) {
+  leave_kernel<<<1, 64, 0, stream>>>(group);
+  EP_CHECK_CUDA(cudaGetLastError());
+}
+
+}  // namespace ep::nvshmem
