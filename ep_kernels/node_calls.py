@@ -163,6 +163,10 @@ class NodeCalls:
         """Calls `function` before this rank leaves the group."""
         self._when_destroyed.append(function)
 
+    def finish_calls(self) -> None:
+        """Waits for the calls of this rank that are under way."""
+        self._queue.drain()
+
     def check_usable(self) -> None:
         """Raises EPConfigError if the buffer was destroyed, or has failed."""
         self._usable.step("check_usable")

@@ -95,7 +95,7 @@ class NvshmemLowLatency(CudaLlCalls):
             out.value,
             region,
             max_num_sms=max_num_sms,
-            finish_calls=calls.barrier,
+            finish_calls=calls.finish_calls,
         )
         self._memory, self._calls, self._give_back = memory, calls, give_back
         self._has_failed = False

@@ -1,11 +1,12 @@
 """Low-latency calls over several nodes, beyond what they share with one (the suites of
-low-latency mode run on logical nodes, too: `nodes`).
+low-latency mode run on logical nodes, too: `nodes`). With EP_KERNELS_SCALEOUT=nvshmem ranks are on GPUs.
 
 Functions named `on_rank_...` run on every rank; each belongs to the test below it.
 """
 
 import gc
 import math
+import os
 from dataclasses import replace
 
 import ll_cases
@@ -20,9 +21,12 @@ from ep_kernels.errors import EPConfigError, EPTimeoutError
 CASE = Case(num_tokens=(40, 23, 50, 7, 0, 31), num_topk=3, num_experts=12)
 
 
+BACKEND = "cuda_nodes" if os.environ.get("EP_KERNELS_SCALEOUT") == "nvshmem" else "nodes"
+
+
 def run_on_nodes(function, *args):
     """Arguments of launch() or Ranks.run() for a function of a rank over nodes."""
-    return ll_cases.run_on, "nodes", function, *args
+    return ll_cases.run_on, BACKEND, function, *args
 
 
 def on_rank_shapes(rank, num_ranks, num_local_ranks):
@@ -86,6 +90,7 @@ def test_both_modes_of_a_buffer_work_at_the_same_time(rank_pool):
     rank_pool.get(4).run(*run_on_nodes(on_rank_both_modes))
 
 
+@pytest.mark.skipif(BACKEND != "nodes", reason="on GPUs a dead rank is found by its silence")
 @pytest.mark.parametrize("inside", [False, True], ids=["before", "inside"])
 def test_a_dead_rank_is_named_at_once(launch, inside):
     function = run_on_nodes(test_ll_faults.on_rank_killed, inside)

@@ -18,7 +18,11 @@ FLUSH_BYTES = 128 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is timed: R ranks, T = M tokens each, K of E experts, hidden H."""
+    """What is timed: R ranks, T = M tokens each, K of E experts, hidden H.
+
+    Attributes:
+        num_local_ranks: of each node; None: all ranks are on one.
+    """
 
     num_ranks: int
     num_tokens: int
@@ -28,6 +32,7 @@ class Setting:
     num_sms: int | None
     flush: bool
     repetitions: int
+    num_local_ranks: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +74,8 @@ class Timer:
         self.buffer = Buffer(
             num_experts=setting.num_experts,
             device=device,
-            pool_bytes=1 << 20,
+            pool_bytes=(1 if setting.num_local_ranks is None else 64) << 20,
+            num_local_ranks=setting.num_local_ranks,
             timeout_s=TIMEOUT_S,
             num_sms=setting.num_sms,
             low_latency_bytes=Buffer.low_latency_size_hint(

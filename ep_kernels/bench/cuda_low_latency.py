@@ -9,6 +9,9 @@ Ranks are processes of this machine, rank r on GPU r modulo the GPUs; those that
     row     one graph of many calls of the same kind, divided by their number
     send, receive   the halves apart, as "call"
     gemm    throughput of a GEMM between the halves, over that of the same GEMM alone
+
+With --ranks-per-node the ranks are as many nodes, which exchange rows over NVSHMEM
+(EP_KERNELS_NVSHMEM_DIRECT says between which ranks by puts alone).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -120,6 +124,8 @@ def run_rank(rank: int, options: argparse.Namespace, store: str) -> None:
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     join_ranks(rank, options.ranks, store)
+    if options.ranks_per_node is not None:
+        os.environ["EP_KERNELS_SCALEOUT"] = "nvshmem"
     for num_experts in options.experts:
         for num_tokens in options.tokens:
             setting = Setting(
@@ -131,6 +137,7 @@ def run_rank(rank: int, options: argparse.Namespace, store: str) -> None:
                 num_sms=options.num_sms,
                 flush=options.flush,
                 repetitions=options.repetitions,
+                num_local_ranks=options.ranks_per_node,
             )
             for measurement in measure_setting(setting, device):
                 if rank == 0:
@@ -150,6 +157,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--ranks-per-node", type=int, help="all if not given")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 128, 256, 512])
     parser.add_argument("--experts", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--topk", type=int, default=8)

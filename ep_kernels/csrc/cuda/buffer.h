@@ -101,6 +101,7 @@ class Buffer : public LlOwner {
   int num_experts() const { return static_cast<int>(config_.expert_rank.size()); }
   const DeviceGroup& group() const override { return group_; }
   const std::vector<int32_t>& expert_rank() const override { return config_.expert_rank; }
+  std::string name_of(int rank) const override { return "rank " + std::to_string(rank); }
   int device() const override { return config_.device; }
   int64_t timeout_us() const override { return config_.timeout_us; }
 

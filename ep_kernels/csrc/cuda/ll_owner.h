@@ -16,6 +16,8 @@ class LlOwner {
   virtual const DeviceGroup& group() const = 0;
   /// [num_experts]
   virtual const std::vector<int32_t>& expert_rank() const = 0;
+  /// Of a rank, for people.
+  virtual std::string name_of(int rank) const = 0;
   virtual int device() const = 0;
   virtual int64_t timeout_us() const = 0;
   /// Throws if it was destroyed or has failed.

@@ -4,8 +4,8 @@
 #include "cuda/ll_group.h"
 
 // How words and rows get to another rank. Here every rank's memory is mapped and stored to, and no
-// rank is far; a library that has far ranks says in EP_LL_WIRE which header has these functions instead.
-// An address at a far rank is given as that of the same place in this rank's region.
+// rank is far; a library that has far ranks says in EP_LL_WIRE which header has these functions
+// instead. An address at a far rank is given as that of the same place in this rank's region.
 
 #ifdef EP_LL_WIRE
 #include EP_LL_WIRE

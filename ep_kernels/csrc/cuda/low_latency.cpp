@@ -98,8 +98,7 @@ void LowLatency::order(cudaStream_t stream) {
 
 /// Takes a record that nobody needs any more; after order().
 LowLatency::Call& LowLatency::open_call(LlOp op, cudaStream_t stream) {
-  const auto deadline =
-      Clock::now() + std::chrono::microseconds(2 * owner_.timeout_us() + 1000000);
+  const auto deadline = Clock::now() + std::chrono::microseconds(2 * owner_.timeout_us() + 1000000);
   for (int64_t i = next_number_;; ++i) {
     Call& call = calls_[i % kNumRecords];
     LlRecord& record = records_[i % kNumRecords];

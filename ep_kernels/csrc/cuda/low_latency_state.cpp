@@ -133,17 +133,17 @@ std::string LowLatency::timeout_text(const LlRecord& record) const {
   const char* phase = phase_name(static_cast<Phase>(timeout.phase));
   switch (static_cast<LlLoss>(record.detail[0])) {
     case LlLoss::kLeft:
-      return concat("rank ", timeout.peer, " has masked rank ", timeout.rank,
+      return concat(owner_.name_of(timeout.peer), " has masked rank ", timeout.rank,
                     ", which was waiting for it ", phase);
     case LlLoss::kGone:
-      return concat("rank ", timeout.peer, " has gone or gave up while rank ", timeout.rank,
+      return concat(owner_.name_of(timeout.peer), " has gone or gave up while rank ", timeout.rank,
                     " was waiting for it ", phase);
     case LlLoss::kLate:
       break;
   }
   return concat("rank ", timeout.rank, " waited ", static_cast<double>(owner_.timeout_us()) * 1e-6,
-                " s for rank ", timeout.peer, " ", phase, ": expected ", timeout.expected,
-                ", seen ", timeout.seen);
+                " s for ", owner_.name_of(timeout.peer), " ", phase, ": expected ",
+                timeout.expected, ", seen ", timeout.seen);
 }
 
 /// What a rank found wrong with its own arguments on the device.

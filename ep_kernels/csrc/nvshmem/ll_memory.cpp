@@ -79,6 +79,10 @@ LlMemory::~LlMemory() {
   cudaFree(expert_tables_);
 }
 
+std::string LlMemory::name_of(int rank) const {
+  return concat("rank ", rank, " of node ", rank / config_.num_local_ranks);
+}
+
 void LlMemory::check_usable() const {
   EP_CHECK(!has_left_, "this buffer was destroyed and cannot be used any more");
   if (!failure_.empty())

@@ -42,6 +42,7 @@ class LlMemory : public cuda::LlOwner {
 
   const cuda::DeviceGroup& group() const override { return group_; }
   const std::vector<int32_t>& expert_rank() const override { return config_.expert_rank; }
+  std::string name_of(int rank) const override;
   int device() const override { return config_.device; }
   int64_t timeout_us() const override { return config_.timeout_us; }
   void check_usable() const override;
