@@ -105,6 +105,7 @@ _LL_SIGNATURES: Signatures = {
         c_int32,
         [POINTER(NvshmemLlConfig), _OUT, POINTER(c_uint64), POINTER(c_int32), _ERROR],
     ),
+    "ep_nvshmem_ll_memory_add_far_rows": (c_int32, [c_void_p, _ERROR]),
     "ep_nvshmem_ll_create": (c_int32, [c_void_p, c_int64, _OUT, _ERROR]),
     "ep_nvshmem_ll_memory_leave": (c_int32, [c_void_p, _ERROR]),
     "ep_nvshmem_ll_memory_destroy": (c_int32, [c_void_p, _ERROR]),

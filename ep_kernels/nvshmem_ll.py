@@ -235,6 +235,15 @@ def _make_memory(bootstrap: Bootstrap, config: NvshmemLlConfig, timeout_s: float
     # are not zero yet.
     agree(bootstrap, problem, {})
     assert out.value is not None
+    if any(bootstrap.all_gather(num_far.value)):
+        problem = attempt(
+            timeout_s,
+            "make memory for rows of far ranks",
+            "ep_nvshmem_ll_memory_add_far_rows",
+            out,
+            library=nvshmem_ll_library,
+        )
+        agree(bootstrap, problem, {})
     name = bootstrap.all_gather(uuid.uuid4().hex)[0]
     return LlMemory(name, out.value, address.value, num_far.value)
 

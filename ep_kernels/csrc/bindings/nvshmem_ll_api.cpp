@@ -39,6 +39,10 @@ int32_t ep_nvshmem_ll_memory_create(const EpNvshmemLlConfig* config, EpNvshmemLl
   });
 }
 
+int32_t ep_nvshmem_ll_memory_add_far_rows(EpNvshmemLlMemory* memory, EpError* error) {
+  return guarded(error, [&] { memory->impl.add_far_rows(); });
+}
+
 int32_t ep_nvshmem_ll_create(EpNvshmemLlMemory* memory, int64_t region_bytes,
                              EpCudaLowLatency** low_latency, EpError* error) {
   return guarded(error, [&] {

@@ -22,6 +22,8 @@ EP_API void ep_nvshmem_ll_abi_sizes(int32_t sizes[4]);
 EP_API int32_t ep_nvshmem_ll_memory_create(const EpNvshmemLlConfig* config,
                                            EpNvshmemLlMemory** memory, uint64_t* region,
                                            int32_t* num_far, EpError* error);
+/// Collective, over ranks without far ones, too: memory for rows of far ranks, if there are any.
+EP_API int32_t ep_nvshmem_ll_memory_add_far_rows(EpNvshmemLlMemory* memory, EpError* error);
 /// Low-latency calls over it; to be deleted before it.
 EP_API int32_t ep_nvshmem_ll_create(EpNvshmemLlMemory* memory, int64_t region_bytes,
                                     EpCudaLowLatency** low_latency, EpError* error);

@@ -19,6 +19,15 @@ int64_t far_half_bytes(int64_t region_bytes, int num_ranks, int num_experts) {
   return align_up(ll_half_bytes(region_bytes, words.num_bytes) / 2, alignment);
 }
 
+/// Symmetric memory. Collective.
+uint8_t* allocate(int64_t num_bytes) {
+  void* memory = nvshmem_align(kLlAlignment, static_cast<size_t>(num_bytes));
+  if (memory == nullptr)
+    throw DeviceError(concat("the symmetric heap has no ", num_bytes,
+                             " bytes left; set NVSHMEM_SYMMETRIC_SIZE before the first buffer"));
+  return static_cast<uint8_t*>(memory);
+}
+
 bool is_addressed(const LlMemory::Config& config, int peer, const void* address) {
   if (peer == config.rank) return true;
   const bool is_of_node = peer / config.num_local_ranks == config.rank / config.num_local_ranks;
@@ -36,18 +45,11 @@ LlMemory::LlMemory(const Config& config) : config_(config) {
   cuda::DeviceGuard guard(config.device);
   const ControlLayout control(num_ranks, num_experts);
   const int64_t region_bytes = align_up(config.region_bytes, static_cast<int64_t>(kLlAlignment));
-  far_.half_bytes = far_half_bytes(config.region_bytes, num_ranks, num_experts);
-  const auto num_bytes =
-      static_cast<int64_t>(control.num_bytes) + region_bytes + 2 * far_.half_bytes;
-  memory_ = static_cast<uint8_t*>(nvshmem_align(kLlAlignment, static_cast<size_t>(num_bytes)));
-  if (memory_ == nullptr)
-    throw DeviceError(concat("the symmetric heap has no ", num_bytes,
-                             " bytes left; set NVSHMEM_SYMMETRIC_SIZE before the first buffer"));
+  memory_ = allocate(static_cast<int64_t>(control.num_bytes) + region_bytes);
   const LlControlLayout words(num_ranks, num_experts);
   const int64_t zeroed = static_cast<int64_t>(control.num_bytes) +
                          std::min(region_bytes, static_cast<int64_t>(words.num_bytes));
   EP_CHECK_CUDA(cudaMemset(memory_, 0, static_cast<size_t>(zeroed)));
-  far_.rows = memory_ + control.num_bytes + region_bytes;
 
   std::vector<int32_t> tables(config.expert_rank), num_local(num_ranks, 0);
   for (const int32_t rank : config.expert_rank) tables.push_back(num_local[rank]++);
@@ -72,6 +74,12 @@ LlMemory::LlMemory(const Config& config) : config_(config) {
                                 : memory_;
   }
   EP_CHECK_CUDA(cudaDeviceSynchronize());
+}
+
+void LlMemory::add_far_rows() {
+  cuda::DeviceGuard guard(config_.device);
+  far_.half_bytes = far_half_bytes(config_.region_bytes, group_.num_ranks, group_.num_experts);
+  far_.rows = allocate(2 * far_.half_bytes);
 }
 
 LlMemory::~LlMemory() {
@@ -112,7 +120,8 @@ void LlMemory::destroy() {
   cuda::DeviceGuard guard(config_.device);
   EP_CHECK_CUDA(cudaDeviceSynchronize());
   nvshmem_free(memory_);
-  memory_ = nullptr;
+  if (far_.rows != nullptr) nvshmem_free(far_.rows);
+  memory_ = far_.rows = nullptr;
 }
 
 }  // namespace ep::nvshmem

@@ -22,7 +22,8 @@ enum class Direct : int32_t {
 /// Symmetric memory for low-latency calls between ranks of several nodes: what a cuda::Buffer is to
 /// those of one.
 ///
-///   | control words, as of a buffer | region | rows for far ranks and their results |
+///   | control words, as of a buffer | region |     and, where a rank is far from another one,
+///   | rows for far ranks and their results |
 class LlMemory : public cuda::LlOwner {
  public:
   struct Config {
@@ -47,6 +48,9 @@ class LlMemory : public cuda::LlOwner {
   int64_t timeout_us() const override { return config_.timeout_us; }
   void check_usable() const override;
   void fail(const std::string& why) override;
+
+  /// Takes memory for rows of far ranks. Collective over all PEs, also over those that have none.
+  void add_far_rows();
 
   uint8_t* region() const;
   const cuda::LlFar& far() const { return far_; }
