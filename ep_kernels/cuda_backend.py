@@ -36,7 +36,7 @@ from ep_kernels.num_sms import measure_num_sms
 from ep_kernels.pool import Received, ReceiveFormat, Reservation, RowFormat
 
 
-def _device_id(device: torch.device) -> str:
+def device_id(device: torch.device) -> str:
     """The same for all processes that use the device."""
     return str(torch.cuda.get_device_properties(device).uuid)
 
@@ -151,7 +151,7 @@ class CudaBackend:
         self, bootstrap: Bootstrap, handle: bytes, send_once: str, problem: EPError | None
     ) -> None:
         """Maps the peers' memory; fails on all ranks if it fails on one."""
-        own_id = _device_id(self.device)
+        own_id = device_id(self.device)
         peers = bootstrap.all_gather((handle, own_id, str(problem or "")))
         is_remote = {"remote": lambda other: other != own_id, "all": bool, "none": lambda _: False}
         remote_ranks = sum(
@@ -299,7 +299,7 @@ class CudaBackend:
     def choose_num_sms(self, bootstrap: Bootstrap, wanted: int | None) -> int:
         """SMs of this rank's transfers: those wanted, or the same on all ranks, as measured."""
         properties = torch.cuda.get_device_properties(self.device)
-        own_id = _device_id(self.device)
+        own_id = device_id(self.device)
         ranks = bootstrap.all_gather((own_id, wanted))
         num_sharing = sum(device == own_id for device, _ in ranks)
         self.max_num_sms = max(1, properties.multi_processor_count // num_sharing)

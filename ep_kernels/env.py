@@ -27,6 +27,8 @@ import re
 from ep_kernels.errors import EPConfigError
 
 DEFAULT_TIMEOUT_S = 60.0
+MAX_NVSHMEM_CHUNK = 2 << 30
+"""NVSHMEM takes no larger NVSHMEM_CUMEM_GRANULARITY."""
 
 # Ranks of this node, ranks in all
 LAUNCHERS = (
@@ -123,8 +125,18 @@ def set_nvshmem_defaults(heap_bytes: int) -> None:
     """Settings of NVSHMEM for a symmetric heap of `heap_bytes`, where the user has none.
 
     Multicast over NVLink stays off: the groups of a switch are few, and rings have no use for them.
+    The heap grows by chunks; one takes all that is known of now, see nvshmem_chunk_bytes().
     """
-    granularity = min(1 << 29, 1 << max(21, (heap_bytes - 1).bit_length()))
+    granularity = min(MAX_NVSHMEM_CHUNK, 1 << max(21, (heap_bytes - 1).bit_length()))
     os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
     os.environ.setdefault("NVSHMEM_SYMMETRIC_SIZE", str(heap_bytes))
     os.environ.setdefault("NVSHMEM_CUMEM_GRANULARITY", str(granularity))
+
+
+def nvshmem_chunk_bytes() -> int | None:
+    """What NVSHMEM has made one piece of memory for; None: its heap does not grow, or the setting
+    cannot be read here."""
+    granularity = os.environ.get("NVSHMEM_CUMEM_GRANULARITY", "")
+    if os.environ.get("NVSHMEM_DISABLE_CUDA_VMM", "0") not in ("", "0", "false"):
+        return None
+    return int(granularity) if granularity.isdecimal() else None

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ep_kernels.errors import EPConfigError, EPDeviceError, EPError
 from ep_kernels.group_transport import PeerGroup, Tensors
-from ep_kernels.nvshmem import NvshmemLane, NvshmemOptions
-from ep_kernels.nvshmem_ll import heap_bytes
+from ep_kernels.nvshmem import HEAP_EXTRA_BYTES, NvshmemLane, NvshmemOptions
+from ep_kernels.nvshmem_ll import heap_bytes_of
 from ep_kernels.streams import device_errors
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def make_nvshmem_group(
     staging_bytes = min(bootstrap.all_gather(settings.staging_bytes))
     options = NvshmemOptions(staging_bytes=max(staging_bytes, MIN_STAGING_BYTES))
     device = rows.raw.device
+    low_latency_bytes = heap_bytes_of(settings.low_latency_bytes)
 
     def make() -> NvshmemLane:
         timeout_s = settings.timeout_s
@@ -126,7 +127,7 @@ def make_nvshmem_group(
             device=device,
             timeout_s=timeout_s,
             options=options,
-            heap_bytes=options.staging_bytes + heap_bytes(settings),
+            heap_bytes=options.staging_bytes + HEAP_EXTRA_BYTES + low_latency_bytes,
         )
 
     def fits(rings: NvshmemLane) -> bool:

@@ -21,9 +21,9 @@ import torch
 
 from ep_kernels import _native, env
 from ep_kernels._native_nvshmem import NvshmemLlConfig, nvshmem_ll_library
-from ep_kernels.cuda_backend import RawMemory
+from ep_kernels.cuda_backend import RawMemory, device_id
 from ep_kernels.cuda_ll import CudaLlCalls
-from ep_kernels.errors import EPConfigError, EPError, EPTimeoutError
+from ep_kernels.errors import EPConfigError, EPDeviceError, EPError, EPTimeoutError
 from ep_kernels.nvshmem import HEAP_EXTRA_BYTES
 from ep_kernels.nvshmem_world import agree, attempt, device_index, join_world
 
@@ -39,9 +39,9 @@ DIRECT = ("none", "node", "all")
 """By the number that the core has for it."""
 
 
-def heap_bytes(settings: Settings) -> int:
-    """What the symmetric heap needs for the low-latency calls of a buffer."""
-    return settings.low_latency_bytes * 3 // 2 + HEAP_EXTRA_BYTES
+def heap_bytes_of(low_latency_bytes: int) -> int:
+    """What the low-latency calls of a buffer take of the symmetric heap, at most."""
+    return low_latency_bytes * 3 // 2
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def make_region_over_nvshmem(
         bootstrap,
         device=calls.device,
         timeout_s=settings.timeout_s,
-        heap_bytes=heap_bytes(settings),
+        heap_bytes=heap_bytes_of(settings.low_latency_bytes) + HEAP_EXTRA_BYTES,
         problem=problem,
         fields={
             "low_latency_bytes": settings.low_latency_bytes,
@@ -190,6 +190,8 @@ def make_region_over_nvshmem(
         },
     )
     _give_back_unused(bootstrap, settings.timeout_s)
+    shares_gpu = _shares_gpu(bootstrap, calls.device)
+    agree(bootstrap, _growth_problem(settings.low_latency_bytes, shares_gpu=shares_gpu), {})
     experts = settings.expert_to_rank
     config = NvshmemLlConfig(
         device=device_index(calls.device),
@@ -203,7 +205,7 @@ def make_region_over_nvshmem(
         pes=(c_int32 * len(pes))(*pes),
         expert_rank=(c_int32 * len(experts))(*experts),
     )
-    memory = _make_memory(bootstrap, config, settings.timeout_s)
+    memory = _make_memory(bootstrap, config, settings.timeout_s, shares_gpu=shares_gpu)
     region: NvshmemLowLatency | None = None
     problem = None
     try:
@@ -221,7 +223,33 @@ def make_region_over_nvshmem(
     return region
 
 
-def _make_memory(bootstrap: Bootstrap, config: NvshmemLlConfig, timeout_s: float) -> LlMemory:
+def _shares_gpu(bootstrap: Bootstrap, device: torch.device) -> bool:
+    """Whether a GPU has several of the ranks."""
+    devices = bootstrap.all_gather(device_id(device))
+    return len(set(devices)) < len(devices)
+
+
+def _growth_problem(num_bytes: int, *, shares_gpu: bool) -> EPDeviceError | None:
+    """Why NVSHMEM is not asked for memory.
+
+    NOTE: seen with 3.4.5: where ranks share a GPU, memory of a heap that has grown cannot be
+    addressed by all of them, an error that ends the process.
+    """
+    chunk_bytes = env.nvshmem_chunk_bytes()
+    needed = num_bytes + HEAP_EXTRA_BYTES
+    if not shares_gpu or chunk_bytes is None or needed <= chunk_bytes:
+        return None
+    return EPDeviceError(
+        f"low-latency calls need {num_bytes} bytes of symmetric memory, for which NVSHMEM's heap of "
+        f"{chunk_bytes} bytes would have to grow, which it cannot where ranks share a GPU: before "
+        "the first buffer set NVSHMEM_CUMEM_GRANULARITY to a power of two above that, 2147483648 at "
+        "most, or NVSHMEM_DISABLE_CUDA_VMM=1 and NVSHMEM_SYMMETRIC_SIZE to what all buffers need"
+    )
+
+
+def _make_memory(
+    bootstrap: Bootstrap, config: NvshmemLlConfig, timeout_s: float, *, shares_gpu: bool
+) -> LlMemory:
     """Collective."""
     out, address, num_far = c_void_p(), c_uint64(), c_int32()
     problem = attempt(
@@ -236,6 +264,8 @@ def _make_memory(bootstrap: Bootstrap, config: NvshmemLlConfig, timeout_s: float
     agree(bootstrap, problem, {})
     assert out.value is not None
     if any(bootstrap.all_gather(num_far.value)):
+        both_bytes = heap_bytes_of(config.region_bytes)
+        agree(bootstrap, _growth_problem(both_bytes, shares_gpu=shares_gpu), {})
         problem = attempt(
             timeout_s,
             "make memory for rows of far ranks",

@@ -5,9 +5,12 @@ On a GPU the other suites run over it:
     EP_KERNELS_SCALEOUT=nvshmem scripts/with_mps.sh pytest --backend cuda_nodes tests/test_nodes.py
 """
 
+import os
+from unittest import mock
+
 import pytest
 
-from ep_kernels import nvshmem_group
+from ep_kernels import env, nvshmem_group, nvshmem_ll
 from ep_kernels.bootstrap import make_bootstrap
 from ep_kernels.errors import EPDeviceError, EPTimeoutError
 from ep_kernels.nvshmem_group import KeptRings, NvshmemGroup, take_rings
@@ -84,3 +87,19 @@ def test_an_exchange_that_was_given_up_names_the_rank():
     with pytest.raises(EPTimeoutError) as raised:
         group.is_over(Work(True))
     assert raised.value.peer == 1
+
+
+@mock.patch.dict(os.environ)
+def test_a_heap_that_would_have_to_grow_is_refused_where_ranks_share_a_gpu():
+    for name in ("NVSHMEM_CUMEM_GRANULARITY", "NVSHMEM_DISABLE_CUDA_VMM"):
+        os.environ.pop(name, None)
+    assert nvshmem_ll._growth_problem(1 << 40, shares_gpu=True) is None, "nothing is known"
+    env.set_nvshmem_defaults(300 << 20)
+    assert env.nvshmem_chunk_bytes() == 512 << 20
+    assert nvshmem_ll._growth_problem(300 << 20, shares_gpu=True) is None
+    assert nvshmem_ll._growth_problem(600 << 20, shares_gpu=False) is None
+    problem = nvshmem_ll._growth_problem(600 << 20, shares_gpu=True)
+    assert isinstance(problem, EPDeviceError)
+    assert f"need {600 << 20} bytes" in str(problem)
+    os.environ["NVSHMEM_DISABLE_CUDA_VMM"] = "1"
+    assert nvshmem_ll._growth_problem(600 << 20, shares_gpu=True) is None
