@@ -7,9 +7,9 @@ No library links Python or torch, so one build serves every version of both:
 
     libep_cpu.so      csrc/{core,runtime,cpu} and the C interface: always
     libep_cuda.so     csrc/{core,runtime,cuda} and its C interface: when nvcc and sources exist
-    libep_nvshmem.so  csrc/{core,nvshmem}, the host's part of low-latency calls, and the C interface:
-                      when NVSHMEM is found besides. It needs libnvshmem_host.so.3 of the same
-                      package when it runs
+    libep_nvshmem.so  csrc/{core,nvshmem}, the host's part of low-latency calls, and the C
+                      interface: when NVSHMEM is found besides. It needs libnvshmem_host.so.3 of
+                      the same package when it runs
 
 Environment:
     CXX, CXXFLAGS, LDFLAGS   host compiler (g++) and flags appended to ours

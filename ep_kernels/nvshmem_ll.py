@@ -240,10 +240,10 @@ def _growth_problem(num_bytes: int, *, shares_gpu: bool) -> EPDeviceError | None
     if not shares_gpu or chunk_bytes is None or needed <= chunk_bytes:
         return None
     return EPDeviceError(
-        f"low-latency calls need {num_bytes} bytes of symmetric memory, for which NVSHMEM's heap of "
-        f"{chunk_bytes} bytes would have to grow, which it cannot where ranks share a GPU: before "
-        "the first buffer set NVSHMEM_CUMEM_GRANULARITY to a power of two above that, 2147483648 at "
-        "most, or NVSHMEM_DISABLE_CUDA_VMM=1 and NVSHMEM_SYMMETRIC_SIZE to what all buffers need"
+        f"low-latency calls need {num_bytes} bytes of symmetric memory, more than the heap of "
+        f"{chunk_bytes} bytes has, and where ranks share a GPU it cannot grow: before the first "
+        "buffer set NVSHMEM_CUMEM_GRANULARITY to a power of two above that, at most 2147483648, or "
+        "NVSHMEM_DISABLE_CUDA_VMM=1 and NVSHMEM_SYMMETRIC_SIZE to what all buffers need"
     )
 
 

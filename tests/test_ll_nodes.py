@@ -1,5 +1,5 @@
 """Low-latency calls over several nodes, beyond what they share with one (the suites of
-low-latency mode run on logical nodes, too: `nodes`). With EP_KERNELS_SCALEOUT=nvshmem ranks are on GPUs.
+low-latency mode run on logical nodes, too: `nodes`). With EP_KERNELS_SCALEOUT=nvshmem, on GPUs.
 
 Functions named `on_rank_...` run on every rank; each belongs to the test below it.
 """
