@@ -16,6 +16,7 @@ Environment:
     NVCC, CUDA_HOME          the CUDA compiler; otherwise nvcc is looked for on PATH
     EP_KERNELS_CUDA          0: no CUDA library; 1: fail without it; default: if possible
     EP_KERNELS_CUDA_ARCHS    such as "80;90a;100"; default: those of 80, 90, 100 that nvcc knows
+    EP_KERNELS_NVSHMEM_ARCHS the same of the NVSHMEM library; default: those of the CUDA library
     EP_KERNELS_NVSHMEM       0: no NVSHMEM library; 1: fail without it; default: if possible
     NVSHMEM_HOME             its folder, with include/ and lib/; otherwise that of the package
                              nvidia-nvshmem-cu12 or -cu13 of this Python, if it is of nvcc's CUDA
@@ -283,15 +284,17 @@ def _rules(linkers: set[str]) -> Iterator[tuple[str, str]]:
         nvcc = f"{find_nvcc()} -ccbin {cxx}"
         gencode = _gencode(str(find_nvcc()), os.environ.get("EP_KERNELS_CUDA_ARCHS", ""))
         werror_flags = ["-Werror", "all-warnings"] if werror else []
-        nvcc_flags = _join([*NVCC_FLAGS, *werror_flags, *gencode, f"-I{CSRC}"])
+        nvcc_flags = _join([*NVCC_FLAGS, *werror_flags, f"-I{CSRC}"])
         compile_flags = f"{nvcc_flags} $flags -MMD -MF $out.d -c $in -o $out"
-        yield "nvcc", f"{nvcc} {compile_flags}"
+        yield "nvcc", f"{nvcc} {_join(gencode)} {compile_flags}"
         ld_flags = f"-Xlinker {linker_flags} -Xcompiler {','.join(['-pthread', *static_flags])}"
         link = f"{nvcc} -shared -cudart static"
         yield "link_cuda", f"{link} $in {ld_flags} -lrt -ldl -o $out"
     if "link_nvshmem" in linkers:
         home = find_nvshmem()
-        flags = _join(["-rdc=true", f"-isystem={home}/include"])
+        if archs := os.environ.get("EP_KERNELS_NVSHMEM_ARCHS"):
+            gencode = _gencode(str(find_nvcc()), archs)
+        flags = _join([*gencode, "-rdc=true", f"-isystem={home}/include"])
         yield "nvcc_nvshmem", f"{nvcc} {compile_flags} {flags}"
         libraries = _join([f"-L{home}/lib", "-lnvshmem_device", f"-l:{NVSHMEM_HOST_LIBRARY}"])
         link += f" -rdc=true {_join(gencode)}"

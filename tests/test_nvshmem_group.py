@@ -12,7 +12,7 @@ import pytest
 
 from ep_kernels import env, nvshmem_group, nvshmem_ll
 from ep_kernels.bootstrap import make_bootstrap
-from ep_kernels.errors import EPDeviceError, EPTimeoutError
+from ep_kernels.errors import EPConfigError, EPDeviceError, EPTimeoutError
 from ep_kernels.nvshmem_group import KeptRings, NvshmemGroup, take_rings
 
 
@@ -103,3 +103,13 @@ def test_a_heap_that_would_have_to_grow_is_refused_where_ranks_share_a_gpu():
     assert f"need {600 << 20} bytes" in str(problem)
     os.environ["NVSHMEM_DISABLE_CUDA_VMM"] = "1"
     assert nvshmem_ll._growth_problem(600 << 20, shares_gpu=True) is None
+
+
+@pytest.mark.parametrize(("text", "is_known"), [("", True), ("node", True), ("near", False)])
+def test_who_is_stored_to_has_three_names(monkeypatch, text, is_known):
+    monkeypatch.setenv("EP_KERNELS_NVSHMEM_DIRECT", text)
+    if is_known:
+        assert env.nvshmem_direct() == (text or "all")
+    else:
+        with pytest.raises(EPConfigError, match="DIRECT='near' is not all, node or none"):
+            env.nvshmem_direct()
