@@ -16,6 +16,7 @@ What a dispatcher's name may have behind it:
     +fp8            fp8 rows
     +capacity1.5    room for 1.5 times the average of rows, and no host that waits; with +torch only
     +sms16          of chunks: transfers take 16 SMs, which the experts' GEMMs leave free
+    +late           gradients of weights while those of tokens travel back; with +torch only
     +graph          forward and backward replayed as CUDA graphs (graphs.py); with a capacity only,
                     and not in the pass "forward"
 

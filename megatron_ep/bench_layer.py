@@ -52,6 +52,7 @@ def parse_variant(text: str) -> Kind:
         "fp8_dispatch": "fp8" in words,
         "capacity_factor": None,
         "overlap_num_sms": None,
+        "overlap_weight_gradients": "late" in words,
     }
     experts = None
     for word in words:
@@ -61,10 +62,10 @@ def parse_variant(text: str) -> Kind:
             options["capacity_factor"] = float(number[1])
         elif number := re.fullmatch(r"sms([1-9]\d*)", word):
             options["overlap_num_sms"] = int(number[1])
-        elif word not in ("fp8", "fused", "graph"):
+        elif word not in ("fp8", "fused", "graph", "late"):
             raise ValueError(
-                f"{text!r}: after + there is one of {', '.join(EXPERTS)}, fp8, fused, graph, or "
-                f"capacity or sms and a number as in capacity1.5 and sms16, not {word!r}"
+                f"{text!r}: after + there is one of {', '.join(EXPERTS)}, fp8, fused, graph, late, "
+                f"or capacity or sms and a number as in capacity1.5 and sms16, not {word!r}"
             )
     return Kind(
         dispatcher=dispatcher,

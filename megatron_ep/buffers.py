@@ -29,6 +29,8 @@ class Options:
         overlap_num_sms: SMs (threads on the CPU) of each transfer of chunks that overlaps with
             experts, which leave them free, see free_sms.py. None: num_sms, and the experts' GEMMs
             take all SMs.
+        overlap_weight_gradients: in the backward the gradients of tokens travel back while those of
+            the experts' weights are computed, with one chunk, too; needs experts "torch".
         recompute_transfers: where Megatron runs a layer's forward again, in the backward, also
             communicate again: in less memory, in more time; see recompute.py.
         fp8_dispatch: rows travel to the experts as fp8, see fp8_rows.py.
@@ -49,6 +51,7 @@ class Options:
 
     num_chunks: int | str = 1
     overlap_num_sms: int | None = None
+    overlap_weight_gradients: bool = False
     recompute_transfers: bool = False
     fp8_dispatch: bool = False
     results_in_pool: bool = False
@@ -65,6 +68,7 @@ class Options:
 _OF_LAYERS = (
     "num_chunks",
     "overlap_num_sms",
+    "overlap_weight_gradients",
     "recompute_transfers",
     "fp8_dispatch",
     "results_in_pool",

@@ -19,9 +19,11 @@ from ep_kernels.event import Event
 from megatron_ep.choose_chunks import StopWatch
 from megatron_ep.fp8_rows import quantise, received_rows
 from megatron_ep.free_sms import free_sms
+from megatron_ep.grouped_gemm import LateWeightGradients
 from megatron_ep.pipeline import CallStream, run_pipeline
 from megatron_ep.recompute import Transfers
 from megatron_ep.routing import route
+from megatron_ep.trace import computing
 
 
 @dataclass(frozen=True)
@@ -102,15 +104,17 @@ class Run:
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
         """Gradients of hidden, probs and the parameters."""
         sums = GradientSums(self.parameters)
+        late = LateWeightGradients() if self._overlaps_weight_gradients else None
         buffer = self.layer.token_dispatcher.buffer(grad.device)
         parts = grad.contiguous().tensor_split(len(chunks))[::-1]
         remaining = iter(chunks[::-1])
-        sms_of_dispatches, sms_of_combines = self._sms_of_dispatches(), self._sms_of_combines()
+        sms_of_dispatches = self._sms_of_dispatches()
+        sms_of_combines = self._sms_of_combines(overlaps_last=late is not None)
 
         def compute(arrived: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
             chunk = next(remaining)
             arrived.event.current_stream_wait()
-            rows, weights, *ours = self._differentiate(chunk, arrived.recv_x)
+            rows, weights, *ours = self._differentiate(chunk, arrived.recv_x, late)
             sums.add(ours)
             return _or_zeros(rows, chunk.rows), _or_zeros(weights, chunk.weights), chunk.handle
 
@@ -120,6 +124,11 @@ class Run:
                 rows, handle, topk_weights=weights, num_sms=num_sms, async_op=True
             )
 
+        def finish() -> None:
+            if late is not None:
+                with self._free_sms(), computing("weight gradients"):
+                    sums.add(late.compute(self.parameters))
+
         results = run_pipeline(
             (
                 buffer.dispatch(part, handle=chunk.handle, num_sms=num_sms, async_op=True)
@@ -128,6 +137,7 @@ class Run:
             compute,
             send_back,
             calls=CallStream(grad.device),
+            finish=finish,
         )
         done = [_wait(result) for result in reversed(results)]
         return (
@@ -169,15 +179,19 @@ class Run:
         yield None
         yield from itertools.repeat(self.layer.token_dispatcher.overlap_num_sms)
 
-    def _sms_of_combines(self) -> Iterator[int | None]:
-        """num_sms of each in turn: next to the last one no expert runs."""
-        yield from [self.layer.token_dispatcher.overlap_num_sms] * (self.num_chunks - 1)
-        yield None
+    def _sms_of_combines(self, *, overlaps_last: bool = False) -> Iterator[int | None]:
+        """num_sms of each in turn: as a rule no expert runs next to the last one."""
+        of_overlapping = self.layer.token_dispatcher.overlap_num_sms
+        yield from [of_overlapping] * (self.num_chunks - 1)
+        yield of_overlapping if overlaps_last else None
 
-    def _free_sms(self) -> contextlib.AbstractContextManager[None]:
+    def _free_sms(self, *, is_overlapped: bool = True) -> contextlib.AbstractContextManager[None]:
         """Around experts: they leave free what transfers take."""
-        is_overlapped = self.num_chunks > 1
         return free_sms(self.layer.token_dispatcher.overlap_num_sms if is_overlapped else None)
+
+    @property
+    def _overlaps_weight_gradients(self) -> bool:
+        return bool(self.layer.token_dispatcher.overlaps_weight_gradients)
 
     def _outgoing(self, hidden: torch.Tensor, parts: Sequence[torch.Tensor]) -> list[Any]:
         """What is sent of each chunk: its rows, or fp8 rows and scales."""
@@ -189,19 +203,24 @@ class Run:
         rows = received_rows(arrived, dtype).requires_grad_(self.is_training)
         weights = arrived.recv_topk_weights.detach().requires_grad_(self.is_training)
         dispatcher = self.layer.token_dispatcher
-        with torch.set_grad_enabled(self.is_training), self._free_sms():
+        free = self._free_sms(is_overlapped=self.num_chunks > 1)
+        with torch.set_grad_enabled(self.is_training), free:
             output, bias = self.layer.experts(
                 rows, dispatcher.groups(arrived), weights.to(dispatcher.probs_dtype)
             )
         assert bias is None, "experts apply their bias themselves"
         return Chunk(arrived.handle, rows, weights, output)
 
-    def _differentiate(self, chunk: Chunk, grad: torch.Tensor) -> list[torch.Tensor | None]:
-        """Of rows, weights and parameters; None for what the output does not depend on."""
+    def _differentiate(
+        self, chunk: Chunk, grad: torch.Tensor, late: LateWeightGradients | None
+    ) -> list[torch.Tensor | None]:
+        """Of rows, weights and parameters; None for what the output does not depend on, and for
+        what is left to `late`."""
         leaves = [chunk.rows, chunk.weights, *self.parameters]
         if not chunk.output.requires_grad:
             return [None] * len(leaves)
-        with self._free_sms():
+        free = self._free_sms(is_overlapped=self.num_chunks > 1)
+        with free, late or contextlib.nullcontext():
             return list(torch.autograd.grad(chunk.output, leaves, grad, allow_unused=True))
 
     def _start_shared_experts(self) -> None:

@@ -14,7 +14,8 @@ Symbols:
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +90,52 @@ def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
+class LateWeightGradients:
+    """Inside of the block the backward of grouped_mm() leaves gradients of weights out; compute()
+    makes them. They are half of its work, and nobody waits for them as long as training lasts:
+    the gradients of rows can be sent before.
+
+    Example:
+        >>> late = LateWeightGradients()
+        >>> with late:
+        ...     (rows_grad,) = torch.autograd.grad(out, [rows], grad)
+        >>> send(rows_grad)
+        >>> weight_grads = late.compute([weight])
+    """
+
+    _active: ClassVar[LateWeightGradients | None] = None  # of the process: backwards have threads
+
+    def __init__(self) -> None:
+        self._left: list[tuple[Any, Callable[[], torch.Tensor | None]]] = []
+
+    @staticmethod
+    def active() -> LateWeightGradients | None:
+        """The one whose block this is."""
+        return LateWeightGradients._active
+
+    def __enter__(self) -> LateWeightGradients:
+        assert LateWeightGradients._active is None, "blocks do not nest"
+        LateWeightGradients._active = self
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        LateWeightGradients._active = None
+
+    def leave(self, weight: Any, compute: Callable[[], torch.Tensor | None]) -> None:
+        """Notes how the gradient of a weight is computed."""
+        self._left.append((weight, compute))
+
+    def compute(self, parameters: Sequence[Any]) -> list[torch.Tensor | None]:
+        """The gradients that were left out, once, by parameter; None where there is none."""
+        grads: list[torch.Tensor | None] = [None] * len(parameters)
+        left, self._left = self._left, []
+        for weight, compute in left:
+            (index,) = (i for i, parameter in enumerate(parameters) if parameter is weight)
+            grad, before = compute(), grads[index]
+            grads[index] = grad if before is None or grad is None else before + grad
+        return grads
+
+
 class _GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -99,7 +146,7 @@ class _GroupedMM(torch.autograd.Function):
         adds_to_main_grad: bool,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight, ends)
-        ctx.parameter = weight if adds_to_main_grad else None
+        ctx.weight, ctx.adds_to_main_grad = weight, adds_to_main_grad
         return _rows_times(x, weight.transpose(1, 2), ends)
 
     @staticmethod
@@ -107,10 +154,22 @@ class _GroupedMM(torch.autograd.Function):
         x, weight, ends = ctx.saved_tensors
         grad = grad.contiguous()
         grad_x = _rows_times(grad, weight, ends) if ctx.needs_input_grad[0] else None
-        grad_weight = _sums_of_products(grad, x, ends) if ctx.needs_input_grad[1] else None
-        if grad_weight is not None and ctx.parameter is not None:
-            grad_weight = _add_to_main_grad(ctx.parameter, grad_weight)
-        return grad_x, grad_weight, None, None
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None, None
+        parameter = ctx.weight if ctx.adds_to_main_grad else None
+        if late := LateWeightGradients.active():
+            compute = functools.partial(_weight_gradient, grad, x, ends, parameter)
+            late.leave(ctx.weight, compute)
+            return grad_x, None, None, None
+        return grad_x, _weight_gradient(grad, x, ends, parameter), None, None
+
+
+def _weight_gradient(
+    grad: torch.Tensor, x: torch.Tensor, ends: torch.Tensor, parameter: Any
+) -> torch.Tensor:
+    """[G, O, I]; what autograd gets in its place, if Megatron accumulates in `parameter`."""
+    of_weight = _sums_of_products(grad, x, ends)
+    return of_weight if parameter is None else _add_to_main_grad(parameter, of_weight)
 
 
 def _rows_times(x: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

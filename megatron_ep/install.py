@@ -208,7 +208,12 @@ def _build_moe_layer(
         )
     if options.results_in_pool:
         allocate_results_in_pool(layer.experts, layer.token_dispatcher.buffer)
-    if options.num_chunks != 1:
+    if options.overlap_weight_gradients and not isinstance(layer.experts, TorchGroupedMLP):
+        raise ValueError(
+            "overlap_weight_gradients=True needs experts='torch': "
+            f"{type(layer.experts).__name__} computes all gradients at once"
+        )
+    if options.num_chunks != 1 or options.overlap_weight_gradients:
         ChunkedExperts(layer, options.num_chunks).install()
     if tracer := active_tracer():
         tracer.watch_experts(layer.experts)

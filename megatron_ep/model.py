@@ -120,6 +120,7 @@ def register_dispatcher(config: Config) -> None:
         for name in (
             "num_chunks",
             "overlap_num_sms",
+            "overlap_weight_gradients",
             "recompute_transfers",
             "fp8_dispatch",
             "results_in_pool",

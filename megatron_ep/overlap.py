@@ -129,7 +129,10 @@ def check_num_chunks(num_chunks: Any) -> None:
 def _check_config(config: Any) -> None:
     for name in ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute"):
         if getattr(config, name, False):
-            raise ValueError(f"num_chunks needs {name}=False, which takes the layer's steps apart")
+            raise ValueError(
+                f"num_chunks and overlap_weight_gradients need {name}=False, which takes the "
+                "layer's steps apart"
+            )
     if config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules:
         raise ValueError("num_chunks cannot work with moe_act among recompute_modules")
     if config.cuda_graph_impl != "none":

@@ -77,6 +77,7 @@ def run_pipeline(
     send_back: Callable[..., Any],
     *,
     calls: CallStream,
+    finish: Callable[[], None] | None = None,
 ) -> list[Any]:
     """Runs the chunks through their three steps, in the order above.
 
@@ -85,6 +86,7 @@ def run_pipeline(
         compute: what a dispatch gave -> what send_back() takes.
         send_back: starts a combine.
         calls: where transfers are called from.
+        finish: what is left to compute of a chunk when its send_back() is under way.
 
     Returns:
         What send_back() gave, of each chunk.
@@ -102,5 +104,7 @@ def run_pipeline(
         calls.follow()
         with calls:
             results.append(send_back(*computed))
+        if finish is not None:
+            finish()
     calls.join()
     return results

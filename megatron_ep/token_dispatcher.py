@@ -70,6 +70,7 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
     Attributes:
         capacity_factor: as of configure(); None waits for the host to know how many rows come.
         overlap_num_sms: of transfers that overlap with experts, as of configure().
+        overlaps_weight_gradients: as of configure().
         num_dropped: [1] int64 on the rows' device, rows that found no room here since it was last
             set to zero; None before the first.
     """
@@ -98,6 +99,7 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
             check_fp8_hidden(getattr(config, "moe_latent_size", None) or config.hidden_size)
         self.capacity_factor = options.capacity_factor
         self.overlap_num_sms = options.overlap_num_sms
+        self.overlaps_weight_gradients = options.overlap_weight_gradients
         self.num_dropped: torch.Tensor | None = None
         self._hands_out_ends = False
         # Between the calls of one forward; nothing that carries gradients:

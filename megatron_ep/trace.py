@@ -127,6 +127,14 @@ class Tracer:
         self._calls.append(_Call(name, result.event, begin, end, over, is_fresh))
         return result
 
+    @contextlib.contextmanager
+    def computing(self, name: str) -> Iterator[None]:
+        """Records what the block computes as work of the experts."""
+        begin = self._clock.now() if self._is_recording else None
+        yield
+        if begin is not None:
+            self._runs.append(_Run(name, begin, self._clock.now()))
+
     def watch_experts(self, experts: torch.nn.Module) -> None:
         """Records forwards and backwards of a module."""
 
@@ -192,6 +200,11 @@ def stop_tracing() -> None:
 def active_tracer() -> Tracer | None:
     """The tracer of start_tracing()."""
     return _active
+
+
+def computing(name: str) -> contextlib.AbstractContextManager[None]:
+    """Around work of the experts that is none of their forwards or backwards."""
+    return contextlib.nullcontext() if _active is None else _active.computing(name)
 
 
 def hidden_fraction(spans: Sequence[Span]) -> float | None:

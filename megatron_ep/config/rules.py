@@ -71,6 +71,11 @@ def _ep_rules(config: Config) -> Iterator[str]:
     if has_capacity and not is_ours:
         yield "ep.capacity_factor needs moe.moe_token_dispatcher_type = deepep"
     uses_torch = experts == "torch" or has_capacity
+    if config.ep.overlap_weight_gradients and not (is_ours and uses_torch):
+        yield (
+            "ep.overlap_weight_gradients needs moe.moe_token_dispatcher_type = deepep and "
+            "moe.moe_experts = torch"
+        )
     if is_ours and uses_torch and config.model.add_bias_linear:
         yield "moe.moe_experts = torch has no biases: model.add_bias_linear must be off"
 

@@ -349,6 +349,9 @@ class EPSection(Section):
     overlap_num_sms: PositiveInt | None = None
     """SMs of transfers that overlap with experts, whose GEMMs leave them free; num_sms, and GEMMs
     take all SMs, if not given."""
+    overlap_weight_gradients: bool = False
+    """In the backward, gradients of tokens travel back while those of the experts' weights are
+    computed; needs moe.moe_experts = torch."""
     recompute_transfers: bool = False
     """Where Megatron recomputes a MoE layer, communicate again in place of keeping what arrived."""
     fp8_dispatch: bool = False

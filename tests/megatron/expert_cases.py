@@ -309,6 +309,10 @@ def check_refusals(rank: int) -> None:
                 make_layer(Case(late_options=late), Grid(ep=2), "alltoall", "torch")
         with pytest.raises(ValueError, match=r"capacity_factor=2.0 needs experts='torch'"):
             make_layer(Case(), Grid(ep=2), "deepep", "auto", capacity_factor=2.0)
+        with pytest.raises(
+            ValueError, match=r"overlap_weight_gradients=True needs experts='torch'"
+        ):
+            make_layer(Case(), Grid(ep=2), "deepep", "auto", overlap_weight_gradients=True)
     dist.barrier()
 
 
@@ -365,7 +369,34 @@ def check_checkpoints(rank: int, grid: Grid, folder: Any, is_gated: bool, single
 # Gradients that are added where Megatron accumulates
 
 
-def check_main_grads(rank: int, fused: bool, num_chunks: int) -> None:
+def note_backward_steps(rank: int, num_chunks: int) -> list[str]:
+    """Transfers of a backward, and when gradients of weights are computed."""
+    case, steps = Case(), []
+    with layers.megatron(Grid(ep=2)):
+        options = dict(num_chunks=num_chunks, overlap_weight_gradients=True)
+        layer = make_layer(case, Grid(ep=2), "deepep", "torch", **options)
+        buffer = layer.token_dispatcher.buffer(torch.device("cpu"))
+        hidden, grad = layers.make_input(rank, case)
+        output = layer(hidden)[0]
+
+        def noted(name: str, function: Any) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                steps.append(name)
+                return function(*args, **kwargs)
+
+            return call
+
+        late = grouped_gemm.LateWeightGradients
+        with (
+            mock.patch.object(buffer, "dispatch", noted("dispatch", buffer.dispatch)),
+            mock.patch.object(buffer, "combine", noted("combine", buffer.combine)),
+            mock.patch.object(late, "compute", noted("weights", late.compute)),
+        ):
+            output.backward(grad)
+    return steps
+
+
+def check_main_grads(rank: int, fused: bool, num_chunks: int, is_late: bool) -> None:
     """After two micro-batches main_grad is the sum of two gradients."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
@@ -373,6 +404,7 @@ def check_main_grads(rank: int, fused: bool, num_chunks: int) -> None:
     with layers.megatron(Grid(ep=2)):
         make = dict(num_chunks=num_chunks)
         judge = make_layer(case, Grid(ep=2), "deepep", "torch", **make)
+        make["overlap_weight_gradients"] = is_late
         layer = make_layer(case, Grid(ep=2), "deepep", "torch", **make)
         for parameter in judge.experts.parameters():
             parameter.grad = None

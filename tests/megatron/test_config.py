@@ -154,6 +154,10 @@ def test_all_errors_are_reported_at_once():
             "moe.moe_experts = torch needs moe.moe_token_dispatcher_type = deepep",
         ),
         (
+            {"moe": {"num_experts": 4}, "ep": {"overlap_weight_gradients": True}},
+            "ep.overlap_weight_gradients needs .* moe.moe_experts = torch",
+        ),
+        (
             {"moe": {"num_experts": 4, "moe_experts": "te"}, "ep": {"capacity_factor": 2.0}},
             "ep.capacity_factor needs moe.moe_experts = torch",
         ),

@@ -76,10 +76,36 @@ def test_chunks_work(ranks):
     check(ranks, Grid(ep=2), [Case(), Case(topk=4)], atol=1e-12, options={"num_chunks": 3})
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["hook", "fused"])
+LATE = {"overlap_weight_gradients": True}
+
+
+@over_grids
+def test_late_gradients_of_weights_have_the_same_bits(ranks, num_ranks, grid):
+    check(
+        ranks, grid, [Case(dtype=d) for d in DTYPES] + [Case(num_experts=8, topk=4)], options=LATE
+    )
+
+
+def test_late_gradients_of_weights_work_in_chunks(ranks):
+    options = {"num_chunks": 3, **LATE}
+    check(ranks, Grid(ep=2), [Case(), Case(topk=4)], atol=1e-12, options=options)
+
+
 @both_chunks
-def test_gradients_add_up_in_main_grad(ranks, fused, num_chunks):
-    ranks.run(cases.check_main_grads, fused, num_chunks)
+def test_gradients_of_weights_are_computed_while_those_of_tokens_travel(ranks, num_chunks):
+    for steps in ranks.run(cases.note_backward_steps, num_chunks):
+        assert steps == ["dispatch"] * min(2, num_chunks) + [
+            step
+            for chunk in range(num_chunks)
+            for step in (["dispatch"] if chunk + 2 < num_chunks else []) + ["combine", "weights"]
+        ]
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["hook", "fused"])
+@pytest.mark.parametrize("is_late", [False, True], ids=["at once", "late"])
+@both_chunks
+def test_gradients_add_up_in_main_grad(ranks, fused, num_chunks, is_late):
+    ranks.run(cases.check_main_grads, fused, num_chunks, is_late)
 
 
 @pytest.mark.parametrize("singleton", [False, True], ids=["stacked", "singleton"])

@@ -49,8 +49,10 @@ def test_experts_and_capacity_are_part_of_a_name(tmp_path):
         "fp8_dispatch": True,
         "capacity_factor": 0.99,
         "overlap_num_sms": None,
+        "overlap_weight_gradients": False,
     }
-    assert parse_variant("deepep+torch+sms12/2").options["overlap_num_sms"] == 12
+    late = parse_variant("deepep+torch+sms12+late/2").options
+    assert (late["overlap_num_sms"], late["overlap_weight_gradients"]) == (12, True)
     for name in ("deepep+fast", "deepep+", "deepep+capacity"):
         with pytest.raises(ValueError, match=r"after \+ there is"):
             parse_variant(name)
