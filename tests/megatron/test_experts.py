@@ -81,9 +81,8 @@ LATE = {"overlap_weight_gradients": True}
 
 @over_grids
 def test_late_gradients_of_weights_have_the_same_bits(ranks, num_ranks, grid):
-    check(
-        ranks, grid, [Case(dtype=d) for d in DTYPES] + [Case(num_experts=8, topk=4)], options=LATE
-    )
+    of_cases = [*(Case(dtype=d) for d in DTYPES), Case(num_experts=8, topk=4)]
+    check(ranks, grid, of_cases, options=LATE)
 
 
 def test_late_gradients_of_weights_work_in_chunks(ranks):
