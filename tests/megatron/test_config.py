@@ -155,7 +155,7 @@ def test_all_errors_are_reported_at_once():
         ),
         (
             {"moe": {"num_experts": 4}, "ep": {"overlap_weight_gradients": True}},
-            "ep.overlap_weight_gradients needs moe.moe_token_dispatcher_type = deepep and moe.moe_e",
+            "ep.overlap_weight_gradients needs moe.moe_token_dispatcher_type = deepep and moe",
         ),
         (
             {"moe": {"num_experts": 4, "moe_experts": "te"}, "ep": {"capacity_factor": 2.0}},
