@@ -134,13 +134,20 @@ def load_checkpoint(
     try:
         loaded = dist_checkpointing.load(state, str(path))
     except (CheckpointingException, CheckpointException) as error:
-        raise ConfigError(
-            f"{path} does not fit this model or number of ranks: {_shorten(error)}"
-        ) from error
+        text = f"{path} does not fit this model or number of ranks: {_shorten(error)}"
+        if with_rng and "rng_state" in text:
+            text += "; checkpoint.no_load_rng starts random states anew"
+        raise ConfigError(text) from error
     for i, chunk in enumerate(chunks):
         unwrap(chunk).load_state_dict(loaded[_chunk_name(i, chunks)])
     if with_optimizer:
-        load_optimizer(optimizer, loaded["optimizer"])
+        try:
+            load_optimizer(optimizer, loaded["optimizer"])
+        except KeyError as error:  # Megatron-Core looks for what other parallel sizes have
+            raise ConfigError(
+                f"{path} has the optimizer's state in the form of other parallel sizes: {error}; "
+                "checkpoint.no_load_optim starts it anew"
+            ) from error
         scheduler.load_state_dict(loaded["scheduler"])
     elif optimizer is not None:
         optimizer.reload_model_params()

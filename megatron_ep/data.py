@@ -8,6 +8,7 @@ make_iterator()    micro batches on the device, from a given number of consumed 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,10 @@ def parse_blend(data_path: list[str]) -> tuple[list[str], list[float] | None]:
         if len(data_path) % 2 or not all(map(_is_number, data_path[::2])):
             raise ConfigError(f"data.data_path: expected weight, prefix, ..., got {data_path}")
         paths, weights = data_path[1::2], [float(weight) for weight in data_path[::2]]
+        if not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
+            raise ConfigError(
+                f"data.data_path: weights {weights} have to be finite, not negative, not all zero"
+            )
     for prefix in paths:
         for suffix in (".bin", ".idx"):
             if not Path(prefix + suffix).is_file():

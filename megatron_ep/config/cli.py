@@ -3,6 +3,7 @@
 --moe-router-topk 2      moe.moe_router_topk = 2
 --sequence-parallel      parallelism.sequence_parallel = true
 --no-sequence-parallel   ... = false
+--no-load-rng            checkpoint.no_load_rng = true
 --ep-num-sms 4           ep.num_sms = 4
 --data-path a b          data.data_path = [a, b]
 """
@@ -104,6 +105,12 @@ def make_parser(program: str) -> argparse.ArgumentParser:
 
 def _add_flag(group: Any, flag: str, dest: str, annotation: Any, text: str) -> None:
     parts = _parts(annotation)
+    if bool in parts and flag.startswith("--no-"):
+        # NOTE: argparse takes every flag of this form for the opposite of another one.
+        group.add_argument(flag, dest=dest, action="store_true", help=text)
+        opposite = f"--{flag.removeprefix('--no-')}"
+        group.add_argument(opposite, dest=dest, action="store_false", help=argparse.SUPPRESS)
+        return
     if bool in parts:
         group.add_argument(flag, dest=dest, action=argparse.BooleanOptionalAction, help=text)
         return

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 
 from megatron_ep.config.schema import Config
 
+FP8_GROUP = 128
+"""Channels of a scale; as fp8_rows.py, which needs torch."""
+
 
 def check_rules(config: Config) -> list[str]:
     """What is wrong with the combination of settings."""
@@ -14,6 +17,7 @@ def check_rules(config: Config) -> list[str]:
         *_model_rules(config),
         *_moe_rules(config),
         *_training_rules(config),
+        *_data_rules(config),
         *_ep_rules(config),
     ]
 
@@ -70,6 +74,9 @@ def _ep_rules(config: Config) -> Iterator[str]:
         )
     if has_capacity and not is_ours:
         yield "ep.capacity_factor needs moe.moe_token_dispatcher_type = deepep"
+    width = config.transformer.get("moe_latent_size") or config.model.hidden_size
+    if is_ours and config.ep.fp8_dispatch and width % FP8_GROUP:
+        yield f"ep.fp8_dispatch needs rows of whole groups of {FP8_GROUP} channels, not of {width}"
     uses_torch = experts == "torch" or has_capacity
     if config.ep.overlap_weight_gradients and not (is_ours and uses_torch):
         yield (
@@ -86,6 +93,17 @@ def _expert_tp_hint(config: Config) -> str:
     return " (parallelism.expert_tensor_parallel_size = 1 does not slice experts)"
 
 
+_UNEVEN_STAGES = (
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+
+_CUDA_GRAPHS = ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph")
+
+
 def _model_rules(config: Config) -> Iterator[str]:
     model, sizes = config.model, config.parallelism
     if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
@@ -100,10 +118,14 @@ def _model_rules(config: Config) -> Iterator[str]:
             f"num_query_groups = {groups}"
         )
     stages = sizes.pipeline_model_parallel_size * (sizes.virtual_pipeline_model_parallel_size or 1)
-    uneven = {"num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"}
-    uneven |= {"pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split"}
-    if model.num_layers % stages and not uneven & set(config.transformer):
+    if model.num_layers % stages and not any(map(config.transformer.get, _UNEVEN_STAGES)):
         yield f"model.num_layers = {model.num_layers} is not divisible by {stages} stages"
+    for name in _CUDA_GRAPHS:
+        if (value := config.transformer.get(name)) not in (None, False, "none"):
+            yield (
+                f"{name} = {value!r}: a run captures no CUDA graphs; a program may do so with MoE "
+                "layers, see megatron_ep.capture_layer()"
+            )
     if sizes.virtual_pipeline_model_parallel_size and sizes.pipeline_model_parallel_size == 1:
         yield "parallelism.virtual_pipeline_model_parallel_size needs pipeline stages"
     if (model.max_position_embeddings or model.seq_length) < model.seq_length:
@@ -176,6 +198,12 @@ def _training_rules(config: Config) -> Iterator[str]:
         )
     if schedule.lr_decay_style == "WSD" and schedule.lr_wsd_decay_iters is None:
         yield "lr_schedule.lr_decay_style = 'WSD' needs lr_wsd_decay_iters"
+    wsd_iters = schedule.lr_wsd_decay_iters or 0
+    if schedule.lr_decay_style == "WSD" and wsd_iters > decay_iters - schedule.lr_warmup_iters:
+        yield (
+            f"lr_schedule.lr_wsd_decay_iters = {wsd_iters} is more than lr_decay_iters - "
+            f"lr_warmup_iters = {decay_iters - schedule.lr_warmup_iters}: lr would never be reached"
+        )
     if optimizer.min_lr > optimizer.lr:
         yield f"optimizer.min_lr = {optimizer.min_lr} is more than lr = {optimizer.lr}"
     if config.parallelism.overlap_param_gather:
@@ -185,10 +213,27 @@ def _training_rules(config: Config) -> Iterator[str]:
             yield "parallelism.overlap_param_gather needs overlap_grad_reduce"
     if config.parallelism.use_distributed_optimizer and optimizer.optimizer != "adam":
         yield "parallelism.use_distributed_optimizer needs optimizer.optimizer = 'adam'"
-    if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?){0,2}", config.data.split):
-        yield f"data.split = {config.data.split!r} is not like '95,5,0': training, validation, test"
+    if config.checkpoint.save_interval and config.checkpoint.save is None:
+        yield "checkpoint.save_interval needs checkpoint.save"
+
+
+def _data_rules(config: Config) -> Iterator[str]:
+    data, model = config.data, config.model
+    if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?){0,2}", data.split):
+        yield f"data.split = {data.split!r} is not like '95,5,0': training, validation, test"
+    elif float(data.split.partition(",")[0]) == 0:
+        yield f"data.split = {data.split!r} leaves no training data"
+    if data.reset_position_ids and model.position_embedding_type != "learned_absolute":
+        yield (
+            "data.reset_position_ids needs model.position_embedding_type = learned_absolute: "
+            f"{model.position_embedding_type} takes no positions from the data"
+        )
+    stages = config.parallelism.pipeline_model_parallel_size
+    if data.reset_attention_mask and stages > 2:
+        yield (
+            "data.reset_attention_mask needs parallelism.pipeline_model_parallel_size <= 2, not "
+            f"{stages}: stages between the first and the last read no data"
+        )
     is_huggingface = config.tokenizer.tokenizer_type == "huggingface"
     if is_huggingface and config.tokenizer.tokenizer_model is None:
         yield "tokenizer.tokenizer_type = 'huggingface' needs tokenizer_model"
-    if config.checkpoint.save_interval and config.checkpoint.save is None:
-        yield "checkpoint.save_interval needs checkpoint.save"

@@ -69,7 +69,7 @@ class ModelSection(Section):
     """Tokens in a training sequence."""
     max_position_embeddings: PositiveInt | None = None
     """Longest sequence the model can take; seq_length if not given."""
-    position_embedding_type: Literal["learned_absolute", "rope", "yarn", "none"] = "rope"
+    position_embedding_type: Literal["learned_absolute", "rope", "none"] = "rope"
     """How positions are encoded."""
     rotary_base: PositiveInt = 10000
     """Base of the rotary embedding."""
@@ -265,9 +265,9 @@ class DataSection(Section):
     num_workers: NonNegativeInt = 0
     """Processes that load data; 0 loads in the training process."""
     reset_position_ids: bool = False
-    """Count positions from the start of each document."""
+    """Count learned positions from the start of each document."""
     reset_attention_mask: bool = False
-    """Hide earlier documents of the same sequence."""
+    """Hide earlier documents of the same sequence; with local layers and at most two stages."""
     eod_mask_loss: bool = False
     """No loss on end-of-document tokens."""
     num_dataset_builder_threads: PositiveInt = 1

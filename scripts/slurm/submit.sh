@@ -112,6 +112,10 @@ check_config() {
   if assignments=$(PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" -m megatron_ep.check \
     --shell --config "$config" "${flags[@]}" 2>"$messages"); then
     eval "$assignments"
+  elif grep -q '^ModuleNotFoundError' "$messages"; then
+    problem "$(type -p "$python"), with which the configuration is checked here:" \
+      "$(grep -m 1 '^ModuleNotFoundError' "$messages" | cut -d' ' -f2-); the image of --container is not" \
+      "looked into, so a python that has megatron_ep's packages has to be first on PATH"
   else
     while IFS= read -r line; do problem "$line"; done <"$messages"
   fi

@@ -7,6 +7,7 @@ from programs import ROOT
 from megatron_ep.config import (
     ConfigError,
     check_world_size,
+    config_from_arguments,
     dump_config,
     load_config,
     make_config,
@@ -154,6 +155,45 @@ def test_all_errors_are_reported_at_once():
             "moe.moe_experts = torch needs moe.moe_token_dispatcher_type = deepep",
         ),
         (
+            {"model": {"cuda_graph_impl": "local"}},
+            "cuda_graph_impl = 'local': a run captures no CUDA graphs",
+        ),
+        (
+            {
+                "lr_schedule": {
+                    "lr_decay_style": "WSD",
+                    "lr_wsd_decay_iters": 95,
+                    "lr_warmup_iters": 10,
+                },
+                "training": {"train_iters": 100},
+            },
+            "lr_wsd_decay_iters = 95 is more than lr_decay_iters - lr_warmup_iters = 90",
+        ),
+        ({"data": {"split": "0,0,0"}}, "data.split = '0,0,0' leaves no training data"),
+        (
+            {"data": {"reset_position_ids": True}},
+            "data.reset_position_ids needs model.position_embedding_type = learned_absolute",
+        ),
+        (
+            {
+                "data": {"reset_attention_mask": True},
+                "model": {"num_layers": 3},
+                "parallelism": {"pipeline_model_parallel_size": 3},
+            },
+            "data.reset_attention_mask needs parallelism.pipeline_model_parallel_size <= 2, not 3",
+        ),
+        (
+            {"model": {"hidden_size": 64}, "moe": {"num_experts": 4}, "ep": {"fp8_dispatch": True}},
+            "ep.fp8_dispatch needs rows of whole groups of 128 channels, not of 64",
+        ),
+        (
+            {
+                "model": {"num_layers": 3, "account_for_embedding_in_pipeline_split": False},
+                "parallelism": {"pipeline_model_parallel_size": 2},
+            },
+            "model.num_layers = 3 is not divisible by 2 stages",
+        ),
+        (
             {"moe": {"num_experts": 4}, "ep": {"overlap_weight_gradients": True}},
             "ep.overlap_weight_gradients needs moe.moe_token_dispatcher_type = deepep and moe",
         ),
@@ -218,6 +258,19 @@ def test_what_megatron_itself_refuses_is_an_error_of_the_configuration():
         {"moe": {"num_experts": 4, "moe_router_enable_expert_bias": True}}  # needs sigmoid scores
     )
     with pytest.raises(ConfigError, match="Megatron-Core refuses these settings: .*xpert bias"):
+        transformer_config(config, use_te=False)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--no-load-rng", True), ("--load-rng", False)])
+def test_flags_that_begin_with_no_are_no_opposites(flag, value):
+    assert config_from_arguments([flag], program="test").checkpoint.no_load_rng is value
+
+
+def test_settings_of_latent_attention_need_it():
+    from megatron_ep.config.build import transformer_config
+
+    config = make_config({"model": {"q_lora_rank": 8}})
+    with pytest.raises(ConfigError, match="q_lora_rank needs multi_latent_attention = true"):
         transformer_config(config, use_te=False)
 
 

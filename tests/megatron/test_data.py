@@ -49,6 +49,8 @@ def test_data_that_cannot_be_read_are_named(on_one_rank, corpus, tmp_path):
         (["--data-path", tmp_path / "none"], f"data.data_path: no file {tmp_path}/none.bin"),
         (["--data-path", f"{corpus}.bin"], f"no file {corpus}.bin.bin (write '{corpus}')"),
         (["--data-path", "0.5", corpus, "0.5"], "data.data_path: expected weight, prefix, ..."),
+        (["--data-path", "nan", corpus], "data.data_path: weights [nan] have to be finite"),
+        (["--data-path", "0", corpus], "data.data_path: weights [0.0] have to be finite"),
         (["--data-path", broken], f"{broken}.idx is no index"),
         (["--split", "100,0,0"], "data.split = '100,0,0' leaves 0 validation samples"),
         (["--split", "0,100,0"], "data.split = '0,100,0' leaves no training data"),

@@ -17,6 +17,18 @@ def test_a_run_that_stopped_goes_on_where_it_was(programs, corpus, tmp_path):
     assert train(programs, corpus, tmp_path / "halves") == whole
 
 
+def test_fewer_ranks_need_flags_that_are_named(programs, on_one_rank, corpus, tmp_path):
+    train(programs, corpus, tmp_path / "two", "--exit-interval", 2)
+    flags = ["--load", tmp_path / "two"]
+    without_rng = [*flags, "--no-load-rng"]
+    cases = [flags, without_rng, [*without_rng, "--no-load-optim"]]
+    first, second, third = on_one_rank(single_rank.try_to_train, corpus, tmp_path, cases)
+    assert "does not fit this model or number of ranks" in first[1]
+    assert "checkpoint.no_load_rng starts random states anew" in first[1]
+    assert "checkpoint.no_load_optim starts it anew" in second[1]
+    assert [status for status, _ in (first, second, third)] == [2, 2, 0], third[1]
+
+
 @pytest.mark.parametrize(
     ("before", "after", "shared"),
     [

@@ -243,6 +243,17 @@ def test_submit_passes_on_why_a_configuration_cannot_run(job):
     assert "  data.data_path: no file data/x.bin" in output
 
 
+def test_submit_says_which_python_lacks_a_package(job):
+    body = "#!/bin/bash\necho \"ModuleNotFoundError: No module named 'megatron'\" >&2\nexit 1\n"
+    for name in ("python", "python3"):
+        (job.directory / "bin" / name).write_text(body)
+        (job.directory / "bin" / name).chmod(0o755)
+    status, output = submit(job, "--container", "registry#image:1", "run.yaml")
+    assert status == 2
+    assert "bin/python3, with which the configuration is checked here: No module" in output
+    assert "first on PATH" in output
+
+
 def test_submit_needs_a_login_node(job):
     for name in ("sinfo", "sbatch"):
         (job.directory / "bin" / name).unlink()
