@@ -138,7 +138,8 @@ def load_checkpoint(
             f"{path} does not fit this model or number of ranks: {_shorten(error)}"
         ) from error
     for i, chunk in enumerate(chunks):
-        unwrap(chunk).load_state_dict(loaded[_chunk_name(i, chunks)])
+        # NOTE: of a chunk without weights, which a pipeline layout may ask for, nothing comes back.
+        unwrap(chunk).load_state_dict(loaded.get(_chunk_name(i, chunks), {}))
     if with_optimizer:
         load_optimizer(optimizer, loaded["optimizer"])
         scheduler.load_state_dict(loaded["scheduler"])

@@ -145,10 +145,7 @@ def _build_chunk(
 ) -> nn.Module:
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import (
-        get_gpt_decoder_block_spec,
-        get_gpt_mtp_block_spec,
-    )
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     spec = get_gpt_decoder_block_spec(
         core_config,
@@ -157,9 +154,7 @@ def _build_chunk(
         qk_l2_norm=core_config.qk_l2_norm,
         vp_stage=vp_stage,
     )
-    mtp_spec = None
-    if core_config.mtp_num_layers:
-        mtp_spec = get_gpt_mtp_block_spec(core_config, spec, use_te, vp_stage=vp_stage)
+    mtp_spec = _mtp_spec(config, core_config, use_te=use_te, vp_stage=vp_stage)
     if not use_te:
         _use_sequence_parallel_norms(spec)
         _use_sequence_parallel_norms(mtp_spec)
@@ -178,6 +173,27 @@ def _build_chunk(
         mtp_block_spec=mtp_spec,
         vp_stage=vp_stage,
     )
+
+
+def _mtp_spec(config: Config, core_config: Any, *, use_te: bool, vp_stage: int | None) -> Any:
+    """Of multi-token prediction, whose layers are like the last one of the model; None where this
+    chunk has none of them.
+    """
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_layer_specs,
+        get_gpt_mtp_block_spec,
+    )
+
+    if not core_config.mtp_num_layers:
+        return None
+    # NOTE: not taken from the chunk's decoder, which a pipeline layout may leave without layers.
+    last_layer = get_gpt_decoder_layer_specs(
+        core_config,
+        use_transformer_engine=use_te,
+        normalization=config.model.normalization,
+        qk_l2_norm=core_config.qk_l2_norm,
+    )[-1]
+    return get_gpt_mtp_block_spec(core_config, last_layer, use_te, vp_stage=vp_stage)
 
 
 class TorchNorm:

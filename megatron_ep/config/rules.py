@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from megatron_ep.config.errors import ConfigError
+from megatron_ep.config.layout import pipeline_layout
 from megatron_ep.config.schema import Config
 
 
@@ -12,6 +14,7 @@ def check_rules(config: Config) -> list[str]:
     """What is wrong with the combination of settings."""
     return [
         *_model_rules(config),
+        *_layout_rules(config),
         *_moe_rules(config),
         *_training_rules(config),
         *_ep_rules(config),
@@ -111,6 +114,13 @@ def _model_rules(config: Config) -> Iterator[str]:
             f"model.seq_length = {model.seq_length} is not divisible by "
             f"tensor_model_parallel_size = {sizes.tensor_model_parallel_size}"
         )
+
+
+def _layout_rules(config: Config) -> Iterator[str]:
+    try:
+        pipeline_layout(config)
+    except ConfigError as error:
+        yield str(error)
 
 
 def _moe_rules(config: Config) -> Iterator[str]:
