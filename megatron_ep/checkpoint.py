@@ -82,6 +82,8 @@ def save_checkpoint(
     """
     from megatron.core import dist_checkpointing
 
+    if config.parallelism.overlap_param_gather:
+        _gather_weights(chunks)
     root = Path(config.checkpoint.save or ".")
     path = checkpoint_path(root, progress.iteration)
     partial = root / f"{path.name}.partial"
@@ -95,6 +97,16 @@ def save_checkpoint(
     dist_checkpointing.save(state, str(partial), content_metadata=_metadata(config))
     _on_rank_0(lambda: _publish(config, partial, path, progress.iteration))
     return path
+
+
+def _gather_weights(chunks: list[nn.Module]) -> None:
+    """Brings to all ranks the weights that the distributed optimizer updated on one of them.
+
+    NOTE: with overlap_param_gather a rank has weights of other ranks from before the last update
+    until the next forward pass.
+    """
+    for chunk in chunks:
+        chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
 
 
 def load_checkpoint(

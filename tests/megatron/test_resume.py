@@ -70,6 +70,24 @@ def test_one_kind_of_experts_goes_on_from_another(programs, corpus, tmp_path, be
         assert norms == [None, None] or norms[0] == pytest.approx(norms[1], rel=1e-6)
 
 
+OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather"]
+
+
+def test_weights_that_are_gathered_in_the_forward_pass_are_saved_up_to_date(
+    train_on_ranks, tmp_path
+):
+    start = ["--use-distributed-optimizer", "--eval-interval", "none", "--train-iters", 3]
+    start += ["--save-interval", 2]
+    cases = {"plain": start, "overlap": start + OVERLAP}
+    for name in ("plain", "overlap"):
+        again = ["--load", tmp_path / name, "--finetune", "--no-save-at-end", "--train-iters", 2]
+        cases[f"from {name}"] = [*start, *again]
+    for status, printed in train_on_ranks(2, cases).values():
+        assert status == 0, printed
+    assert runs.losses(tmp_path / "overlap") == runs.losses(tmp_path / "plain")
+    assert runs.losses(tmp_path / "from overlap") == runs.losses(tmp_path / "from plain")
+
+
 VARIANTS = {
     "sgd": ["--optimizer", "sgd"],
     "sgd-without-momentum": ["--optimizer", "sgd", "--sgd-momentum", "0"],
