@@ -30,7 +30,12 @@ from torch import nn
 from ep_kernels.processes import die_with_parent
 from megatron_ep.config import Config, ConfigError, dump_config
 from megatron_ep.model import unwrap
-from megatron_ep.optim import load_optimizer, prepare_for_loading
+from megatron_ep.optim import (
+    check_schedule,
+    load_optimizer,
+    load_scheduler,
+    prepare_for_loading,
+)
 
 logger = logging.getLogger("megatron_ep")
 
@@ -124,7 +129,8 @@ def load_checkpoint(
         Where the training goes on; None when there is no checkpoint to load.
 
     Raises:
-        ConfigError: an explicitly named checkpoint is missing, or it was made with other sizes.
+        ConfigError: an explicitly named checkpoint is missing, or it was made with other sizes or
+            another learning-rate schedule.
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -149,12 +155,14 @@ def load_checkpoint(
         raise ConfigError(
             f"{path} does not fit this model or number of ranks: {_shorten(error)}"
         ) from error
+    if with_optimizer:
+        check_schedule(config, scheduler, loaded["scheduler"])
     for i, chunk in enumerate(chunks):
         # NOTE: of a chunk without weights, which a pipeline layout may ask for, nothing comes back.
         unwrap(chunk).load_state_dict(loaded.get(_chunk_name(i, chunks), {}))
     if with_optimizer:
         load_optimizer(optimizer, loaded["optimizer"])
-        scheduler.load_state_dict(loaded["scheduler"])
+        load_scheduler(config, optimizer, scheduler, loaded["scheduler"])
     elif optimizer is not None:
         optimizer.reload_model_params()
     if with_rng:

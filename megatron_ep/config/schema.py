@@ -250,7 +250,7 @@ class LRScheduleSection(Section):
     lr_wsd_decay_iters: PositiveInt | None = None
     """Steps of the last part of WSD."""
     override_opt_param_scheduler: bool = False
-    """On resume, take the schedule from here and not from the checkpoint."""
+    """On resume, go on with the schedule given here; else it must be that of the checkpoint."""
 
 
 class DataSection(Section):

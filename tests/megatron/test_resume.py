@@ -70,6 +70,37 @@ def test_one_kind_of_experts_goes_on_from_another(programs, corpus, tmp_path, be
         assert norms == [None, None] or norms[0] == pytest.approx(norms[1], rel=1e-6)
 
 
+LONGER = ["--train-iters", 12]
+FASTER = ["--lr", 4e-3]
+OVERRIDE = ["--override-opt-param-scheduler"]
+
+
+def test_another_schedule_is_refused_unless_it_is_to_override_the_old_one(
+    on_one_rank, corpus, tmp_path
+):
+    saved = ["--save", tmp_path / "saved"]
+    again = ["--load", tmp_path / "saved", "--no-save-at-end"]
+    cases = [
+        ([*saved, "--lr-warmup-iters", 1], None),
+        ([*again, *LONGER], "training.train_iters = 12, in the checkpoint 8\n"),
+        ([*again, *FASTER], "optimizer.lr = 0.004, in the checkpoint 0.003\n"),
+        ([*again, "--lr-decay-style", "linear"], "style = linear, in the checkpoint cosine\n"),
+        ([*again, *FASTER, *LONGER, *OVERRIDE], None),
+        ([*FASTER, *LONGER, "--no-save-at-end"], None),
+    ]
+    flags = [flags for flags, _ in cases]
+    results = on_one_rank(single_rank.try_to_train, corpus, tmp_path, flags)
+    for (status, output), (_, message) in zip(results, cases):
+        assert status == (0 if message is None else 2), output
+        if message is not None:
+            assert message in output
+            assert "lr_schedule.override_opt_param_scheduler" in output
+    resumed, whole = (
+        [line["lr"] for line in runs.records(tmp_path / name, "train")] for name in ("4", "5")
+    )
+    assert resumed == whole[8:]
+
+
 OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather"]
 
 
