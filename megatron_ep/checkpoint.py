@@ -55,6 +55,20 @@ class Progress:
     consumed_samples: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """The checkpoint that a run starts from.
+
+    Attributes:
+        path: its directory.
+        is_own: the run itself has saved it, so all of it is restored; otherwise finetune,
+            no_load_optim and no_load_rng say how much.
+    """
+
+    path: Path
+    is_own: bool = False
+
+
 def latest_iteration(directory: str | Path) -> int | None:
     """The iteration of the newest complete checkpoint, or None.
 
@@ -136,12 +150,14 @@ def load_checkpoint(
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from torch.distributed.checkpoint.api import CheckpointException
 
-    path = find_checkpoint(config)
-    if path is None:
+    start = find_checkpoint(config)
+    if start is None:
         return None
-    section = config.checkpoint
-    with_optimizer = optimizer is not None and not section.no_load_optim and not section.finetune
-    with_rng = optimizer is not None and not section.no_load_rng and not section.finetune
+    path, section = start.path, config.checkpoint
+    is_finetune = section.finetune and not start.is_own
+    is_training = optimizer is not None and not is_finetune
+    with_optimizer = is_training and (start.is_own or not section.no_load_optim)
+    with_rng = is_training and (start.is_own or not section.no_load_rng)
     metadata = dist_checkpointing.load_content_metadata(str(path)) or _metadata(config)
     state = _model_state(chunks, config)
     if with_optimizer:
@@ -168,7 +184,7 @@ def load_checkpoint(
     if with_rng:
         _set_rng_state(loaded["rng"][0])
     logger.info("loaded %s", path)
-    return Progress() if section.finetune else Progress(**loaded["progress"])
+    return Progress() if is_finetune else Progress(**loaded["progress"])
 
 
 def _shorten(error: BaseException) -> str:
@@ -179,25 +195,34 @@ def _shorten(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
-def find_checkpoint(config: Config) -> Path | None:
+def find_checkpoint(config: Config) -> Start | None:
     """The checkpoint that the settings ask for, or None to start anew.
+
+    With auto_resume the newest one in checkpoint.save comes first: a run that was restarted goes on
+    where it was, not where checkpoint.load, ckpt_step and finetune had it begin.
 
     Raises:
         ConfigError: checkpoint.load or ckpt_step names one that is not there.
     """
     section = config.checkpoint
+    if section.auto_resume and section.save is not None and section.loads_from_elsewhere:
+        iteration = latest_iteration(section.save)
+        if iteration is not None:
+            logger.info("%s has checkpoints of this run: it goes on from there", section.save)
+            return Start(path=checkpoint_path(section.save, iteration), is_own=True)
     directory = section.load or section.save
-    if directory is None or not (section.auto_resume or section.load):
+    is_asked_for = section.load is not None or section.ckpt_step is not None
+    if directory is None or not (section.auto_resume or is_asked_for):
         return None
     if section.ckpt_step is not None:
         path = checkpoint_path(directory, section.ckpt_step)
         if not path.is_dir():
             raise ConfigError(f"checkpoint.ckpt_step = {section.ckpt_step}: no {path}")
-        return path
+        return Start(path=path)
     iteration = latest_iteration(directory)
     if iteration is not None:
-        return checkpoint_path(directory, iteration)
-    if section.load is not None and section.load != section.save:
+        return Start(path=checkpoint_path(directory, iteration))
+    if section.loads_from_elsewhere:
         raise ConfigError(f"checkpoint.load = {section.load!r}: no checkpoint there")
     return None
 

@@ -17,6 +17,7 @@ def check_rules(config: Config) -> list[str]:
         *_layout_rules(config),
         *_moe_rules(config),
         *_training_rules(config),
+        *_checkpoint_rules(config),
         *_ep_rules(config),
     ]
 
@@ -195,5 +196,20 @@ def _training_rules(config: Config) -> Iterator[str]:
     is_huggingface = config.tokenizer.tokenizer_type == "huggingface"
     if is_huggingface and config.tokenizer.tokenizer_model is None:
         yield "tokenizer.tokenizer_type = 'huggingface' needs tokenizer_model"
-    if config.checkpoint.save_interval and config.checkpoint.save is None:
+
+
+def _checkpoint_rules(config: Config) -> Iterator[str]:
+    section = config.checkpoint
+    if section.save_interval and section.save is None:
         yield "checkpoint.save_interval needs checkpoint.save"
+    if section.finetune and section.load is None:
+        yield "checkpoint.finetune needs checkpoint.load"
+    if not section.auto_resume or section.save is None or section.loads_from_elsewhere:
+        return
+    for name in ("finetune", "ckpt_step"):
+        if value := getattr(section, name):
+            yield (
+                f"checkpoint.{name} = {value}, checkpoint.save = {section.save!r}: a run that is "
+                f"restarted would begin there again; name another directory in checkpoint.save "
+                "and this one in checkpoint.load, or set auto_resume = false"
+            )

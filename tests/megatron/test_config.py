@@ -184,6 +184,15 @@ def test_all_errors_are_reported_at_once():
         ),
         ({"optimizer": {"lr": 1e-4, "min_lr": 1e-3}}, "min_lr = 0.001 is more than lr = 0.0001"),
         ({"checkpoint": {"save_interval": 5}}, "checkpoint.save_interval needs checkpoint.save"),
+        ({"checkpoint": {"finetune": True}}, "checkpoint.finetune needs checkpoint.load"),
+        (
+            {"checkpoint": {"save": "run", "load": "./run", "finetune": True}},
+            "checkpoint.finetune = True, checkpoint.save = 'run': a run that is restarted",
+        ),
+        (
+            {"checkpoint": {"save": "run", "ckpt_step": 3}},
+            "checkpoint.ckpt_step = 3, checkpoint.save = 'run': a run that is restarted",
+        ),
         (
             {"model": {"window_size": [1, 0]}, "transformer": {"window_size": [2, 0]}},
             "transformer.window_size: stands in another section, too",

@@ -70,6 +70,23 @@ def test_one_kind_of_experts_goes_on_from_another(programs, corpus, tmp_path, be
         assert norms == [None, None] or norms[0] == pytest.approx(norms[1], rel=1e-6)
 
 
+def test_a_run_that_began_elsewhere_goes_on_from_its_own_checkpoints(on_one_rank, corpus, tmp_path):
+    begin = ["--load", tmp_path / "saved", "--eval-interval", "none", "--train-iters", 4]
+    starts = {
+        "finetune": [*begin, "--finetune", "--exit-interval", 2],
+        "step": [*begin, "--ckpt-step", 2, "--no-load-optim", "--exit-interval", 3],
+    }
+    cases = [["--save", tmp_path / "saved", "--save-interval", 2, "--train-iters", 4]]
+    for name, flags in starts.items():
+        cases += [[*flags, "--save", tmp_path / name]] * 2
+        cases += [[*flags, "--save", tmp_path / f"whole {name}", "--exit-interval", "none"]]
+    results = on_one_rank(single_rank.try_to_train, corpus, tmp_path, cases)
+    assert [status for status, _ in results] == [0] * len(cases), results
+    for name, (_, printed) in zip(starts, results[2::3]):
+        assert f"{tmp_path / name} has checkpoints of this run" in printed
+        assert runs.numbers(tmp_path / name) == runs.numbers(tmp_path / f"whole {name}")
+
+
 LONGER = ["--train-iters", 12]
 FASTER = ["--lr", 4e-3]
 OVERRIDE = ["--override-opt-param-scheduler"]
