@@ -159,7 +159,7 @@ def _build_chunk(
         _use_sequence_parallel_norms(spec)
         _use_sequence_parallel_norms(mtp_spec)
     stage = {"ignore_virtual": False, "vp_stage": vp_stage}
-    return GPTModel(
+    gpt = GPTModel(
         config=core_config,
         transformer_layer_spec=spec,
         vocab_size=vocab_size,
@@ -173,6 +173,11 @@ def _build_chunk(
         mtp_block_spec=mtp_spec,
         vp_stage=vp_stage,
     )
+    if gpt.share_embeddings_and_output_weights and gpt.mtp_process and gpt.post_process:
+        # NOTE: the output is computed with the embedding that multi-token prediction needs here.
+        # Megatron-Core makes another weight after the first stage, and cannot save it.
+        gpt.output_layer.weight = None
+    return gpt
 
 
 def _mtp_spec(config: Config, core_config: Any, *, use_te: bool, vp_stage: int | None) -> Any:

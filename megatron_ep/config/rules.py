@@ -110,6 +110,14 @@ def _model_rules(config: Config) -> Iterator[str]:
             f"model.max_position_embeddings = {model.max_position_embeddings} is less than "
             f"seq_length = {model.seq_length}"
         )
+    if config.transformer.get("mtp_num_layers") and model.position_embedding_type not in (
+        "rope",
+        "none",
+    ):
+        yield (
+            f"model.position_embedding_type = {model.position_embedding_type!r} does not work with "
+            "mtp_num_layers: the stage that predicts further tokens would have positions of its own"
+        )
     if model.seq_length % sizes.tensor_model_parallel_size:
         yield (
             f"model.seq_length = {model.seq_length} is not divisible by "

@@ -184,6 +184,10 @@ def test_all_errors_are_reported_at_once():
         ),
         ({"optimizer": {"lr": 1e-4, "min_lr": 1e-3}}, "min_lr = 0.001 is more than lr = 0.0001"),
         ({"checkpoint": {"save_interval": 5}}, "checkpoint.save_interval needs checkpoint.save"),
+        (
+            {"model": {"mtp_num_layers": 1, "position_embedding_type": "learned_absolute"}},
+            "model.position_embedding_type = 'learned_absolute' does not work with mtp_num_layers",
+        ),
         ({"checkpoint": {"finetune": True}}, "checkpoint.finetune needs checkpoint.load"),
         (
             {"checkpoint": {"save": "run", "load": "./run", "finetune": True}},

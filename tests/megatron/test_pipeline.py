@@ -13,7 +13,7 @@ ONE_PIECE = [
 ]
 UNTIED = ["--untie-embeddings-and-output-weights"]
 
-LAYOUTS = {
+PIPELINES = {
     "prediction alone": [
         *("--pipeline-model-parallel-size", 4, *UNTIED),
         *("--pipeline-model-parallel-layout", "Et|tt|m|L"),
@@ -21,6 +21,10 @@ LAYOUTS = {
     "interleaved": [
         *("--pipeline-model-parallel-size", 4, "--virtual-pipeline-model-parallel-size", 2),
         *("--pipeline-model-parallel-layout", "E|t||t|t||m|L", *UNTIED),
+    ],
+    "prediction with the tied output": [
+        *("--pipeline-model-parallel-size", 2),
+        *("--pipeline-model-parallel-layout", "Ett|tmL"),
     ],
 }
 
@@ -36,14 +40,18 @@ def assert_alike(output, judge):
 
 
 def test_multi_token_prediction_trains_alike_in_every_layout(train_on_ranks, tmp_path):
-    start = [*ONE_PIECE, *UNTIED, "--train-iters", 2]
-    again = [*ONE_PIECE, "--load", tmp_path / "start", "--finetune", "--train-iters", 3]
-    cases = {"start": start, "one piece": again + UNTIED}
-    cases |= {name: again + flags for name, flags in LAYOUTS.items()}
-    for name, (status, printed) in train_on_ranks(4, cases).items():
+    cases, judges = {}, {}
+    for name, tie in (("untied", UNTIED), ("tied", [])):
+        cases[name] = [*ONE_PIECE, *tie, "--train-iters", 2]
+        again = [*ONE_PIECE, "--load", tmp_path / name, "--finetune", "--train-iters", 3]
+        cases[f"{name}, in one piece"] = again + tie
+        for pipeline, flags in PIPELINES.items():
+            if (UNTIED[0] in flags) == bool(tie):
+                cases[pipeline], judges[pipeline] = again + flags, f"{name}, in one piece"
+    for status, printed in train_on_ranks(4, cases).values():
         assert status == 0, printed
-        if name != "start":
-            assert_alike(tmp_path / name, tmp_path / "one piece")
+    for name, judge in judges.items():
+        assert_alike(tmp_path / name, tmp_path / judge)
 
 
 PREDICTS = {"mtp_num_layers": 1}
