@@ -15,6 +15,7 @@ def check_rules(config: Config) -> list[str]:
     return [
         *_model_rules(config),
         *_layout_rules(config),
+        *_cuda_graph_rules(config),
         *_moe_rules(config),
         *_training_rules(config),
         *_checkpoint_rules(config),
@@ -123,6 +124,17 @@ def _model_rules(config: Config) -> Iterator[str]:
             f"model.seq_length = {model.seq_length} is not divisible by "
             f"tensor_model_parallel_size = {sizes.tensor_model_parallel_size}"
         )
+
+
+def _cuda_graph_rules(config: Config) -> Iterator[str]:
+    off = {"cuda_graph_impl": "none", "enable_cuda_graph": False, "external_cuda_graph": False}
+    for name, value in off.items():
+        given = config.transformer.get(name, value)
+        if given != value:
+            yield (
+                f"transformer.{name} = {given!r}: this training captures no CUDA graphs; "
+                "megatron_ep.capture_layer() captures MoE layers of a program of your own"
+            )
 
 
 def _layout_rules(config: Config) -> Iterator[str]:

@@ -188,6 +188,14 @@ def test_all_errors_are_reported_at_once():
             {"model": {"mtp_num_layers": 1, "position_embedding_type": "learned_absolute"}},
             "model.position_embedding_type = 'learned_absolute' does not work with mtp_num_layers",
         ),
+        (
+            {"transformer": {"cuda_graph_impl": "local"}},
+            "transformer.cuda_graph_impl = 'local': this training captures no CUDA graphs",
+        ),
+        (
+            {"model": {"enable_cuda_graph": True}},
+            "transformer.enable_cuda_graph = True: this training captures no CUDA graphs",
+        ),
         ({"checkpoint": {"finetune": True}}, "checkpoint.finetune needs checkpoint.load"),
         (
             {"checkpoint": {"save": "run", "load": "./run", "finetune": True}},
