@@ -202,6 +202,18 @@ def _training_rules(config: Config) -> Iterator[str]:
         )
     if schedule.lr_decay_style == "WSD" and schedule.lr_wsd_decay_iters is None:
         yield "lr_schedule.lr_decay_style = 'WSD' needs lr_wsd_decay_iters"
+    wsd_iters, after_warmup = schedule.lr_wsd_decay_iters, decay_iters - schedule.lr_warmup_iters
+    if schedule.lr_decay_style == "WSD" and (wsd_iters or 0) > after_warmup > 0:
+        yield (
+            f"lr_schedule.lr_wsd_decay_iters = {wsd_iters} is more than the {after_warmup} steps "
+            f"between lr_warmup_iters = {schedule.lr_warmup_iters} and lr_decay_iters = "
+            f"{decay_iters}: the learning rate would never be optimizer.lr"
+        )
+    if schedule.lr_warmup_init > optimizer.lr:
+        yield (
+            f"lr_schedule.lr_warmup_init = {schedule.lr_warmup_init} is more than optimizer.lr = "
+            f"{optimizer.lr}"
+        )
     if optimizer.min_lr > optimizer.lr:
         yield f"optimizer.min_lr = {optimizer.min_lr} is more than lr = {optimizer.lr}"
     if config.parallelism.overlap_param_gather:

@@ -196,6 +196,21 @@ def test_all_errors_are_reported_at_once():
             {"model": {"enable_cuda_graph": True}},
             "transformer.enable_cuda_graph = True: this training captures no CUDA graphs",
         ),
+        (
+            {
+                "training": {"train_iters": 100},
+                "lr_schedule": {
+                    "lr_decay_style": "WSD",
+                    "lr_warmup_iters": 10,
+                    "lr_wsd_decay_iters": 91,
+                },
+            },
+            "lr_wsd_decay_iters = 91 is more than the 90 steps between lr_warmup_iters = 10 and",
+        ),
+        (
+            {"lr_schedule": {"lr_warmup_init": 2e-3}},
+            "lr_schedule.lr_warmup_init = 0.002 is more than optimizer.lr = 0.001",
+        ),
         ({"checkpoint": {"finetune": True}}, "checkpoint.finetune needs checkpoint.load"),
         (
             {"checkpoint": {"save": "run", "load": "./run", "finetune": True}},
