@@ -100,10 +100,17 @@ def _model_rules(config: Config) -> Iterator[str]:
             f"num_query_groups = {groups}"
         )
     stages = sizes.pipeline_model_parallel_size * (sizes.virtual_pipeline_model_parallel_size or 1)
-    uneven = {"num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"}
-    uneven |= {"pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split"}
-    if model.num_layers % stages and not uneven & set(config.transformer):
-        yield f"model.num_layers = {model.num_layers} is not divisible by {stages} stages"
+    uneven = [
+        "num_layers_in_first_pipeline_stage",
+        "num_layers_in_last_pipeline_stage",
+        "pipeline_model_parallel_layout",
+    ]
+    parts = ["account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"]
+    parts = [name for name in parts if config.transformer.get(name)]
+    is_uneven = any(config.transformer.get(name) is not None for name in uneven)
+    if (model.num_layers + len(parts)) % stages and not is_uneven:
+        more = "".join(f" + 1 ({name})" for name in parts)
+        yield f"model.num_layers = {model.num_layers}{more} is not divisible by {stages} stages"
     if sizes.virtual_pipeline_model_parallel_size and sizes.pipeline_model_parallel_size == 1:
         yield "parallelism.virtual_pipeline_model_parallel_size needs pipeline stages"
     if (model.max_position_embeddings or model.seq_length) < model.seq_length:

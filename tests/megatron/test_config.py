@@ -230,6 +230,40 @@ def test_a_contradiction_is_named_with_both_sides(values, message):
     assert message in error_of(values)
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "split", "message"),
+    [
+        (7, {"account_for_loss_in_pipeline_split": True}, None),
+        (
+            6,
+            {f"account_for_{part}_in_pipeline_split": True for part in ("embedding", "loss")},
+            None,
+        ),
+        (
+            6,
+            {"num_layers_in_first_pipeline_stage": 2, "pipeline_model_parallel_layout": None},
+            None,
+        ),
+        (6, {"account_for_loss_in_pipeline_split": False}, "= 6 is not divisible by 4 stages"),
+        (6, {"num_layers_in_last_pipeline_stage": None}, "= 6 is not divisible by 4 stages"),
+        (
+            8,
+            {"account_for_loss_in_pipeline_split": True},
+            "= 8 + 1 (account_for_loss_in_pipeline_split) is not divisible by 4 stages",
+        ),
+    ],
+)
+def test_layers_need_not_be_divided_evenly_where_megatron_is_told_how(num_layers, split, message):
+    values = {
+        "model": {"num_layers": num_layers, **split},
+        "parallelism": {"pipeline_model_parallel_size": 4},
+    }
+    if message is None:
+        make_config(values)
+    else:
+        assert f"model.num_layers {message}" in error_of(values)
+
+
 def test_a_number_of_ranks_that_does_not_fit_is_named():
     config = make_config(
         {
