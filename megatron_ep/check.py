@@ -112,6 +112,9 @@ def _report(config: Config) -> dict[str, str]:
         f"{config.checkpoint.save or 'none'}, step {saved_iteration(config)} of "
         f"{config.training.train_iters}"
     )
+    start = find_checkpoint(config)
+    if start is not None and not start.is_own and config.checkpoint.loads_from_elsewhere:
+        report["checkpoints"] += f", starts from {start.path}"
     return report
 
 

@@ -30,7 +30,12 @@ from torch import nn
 from ep_kernels.processes import die_with_parent
 from megatron_ep.config import Config, ConfigError, dump_config
 from megatron_ep.model import unwrap
-from megatron_ep.optim import load_optimizer, prepare_for_loading
+from megatron_ep.optim import (
+    check_schedule,
+    load_optimizer,
+    load_scheduler,
+    prepare_for_loading,
+)
 
 logger = logging.getLogger("megatron_ep")
 
@@ -48,6 +53,20 @@ class Progress:
 
     iteration: int = 0
     consumed_samples: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """The checkpoint that a run starts from.
+
+    Attributes:
+        path: its directory.
+        is_own: the run itself has saved it, so all of it is restored; otherwise finetune,
+            no_load_optim and no_load_rng say how much.
+    """
+
+    path: Path
+    is_own: bool = False
 
 
 def latest_iteration(directory: str | Path) -> int | None:
@@ -82,6 +101,8 @@ def save_checkpoint(
     """
     from megatron.core import dist_checkpointing
 
+    if config.parallelism.overlap_param_gather:
+        _gather_weights(chunks)
     root = Path(config.checkpoint.save or ".")
     path = checkpoint_path(root, progress.iteration)
     partial = root / f"{path.name}.partial"
@@ -95,6 +116,16 @@ def save_checkpoint(
     dist_checkpointing.save(state, str(partial), content_metadata=_metadata(config))
     _on_rank_0(lambda: _publish(config, partial, path, progress.iteration))
     return path
+
+
+def _gather_weights(chunks: list[nn.Module]) -> None:
+    """Brings to all ranks the weights that the distributed optimizer updated on one of them.
+
+    NOTE: with overlap_param_gather a rank has weights of other ranks from before the last update
+    until the next forward pass.
+    """
+    for chunk in chunks:
+        chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
 
 
 def load_checkpoint(
@@ -112,18 +143,21 @@ def load_checkpoint(
         Where the training goes on; None when there is no checkpoint to load.
 
     Raises:
-        ConfigError: an explicitly named checkpoint is missing, or it was made with other sizes.
+        ConfigError: an explicitly named checkpoint is missing, or it was made with other sizes or
+            another learning-rate schedule.
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from torch.distributed.checkpoint.api import CheckpointException
 
-    path = find_checkpoint(config)
-    if path is None:
+    start = find_checkpoint(config)
+    if start is None:
         return None
-    section = config.checkpoint
-    with_optimizer = optimizer is not None and not section.no_load_optim and not section.finetune
-    with_rng = optimizer is not None and not section.no_load_rng and not section.finetune
+    path, section = start.path, config.checkpoint
+    is_finetune = section.finetune and not start.is_own
+    is_training = optimizer is not None and not is_finetune
+    with_optimizer = is_training and (start.is_own or not section.no_load_optim)
+    with_rng = is_training and (start.is_own or not section.no_load_rng)
     metadata = dist_checkpointing.load_content_metadata(str(path)) or _metadata(config)
     state = _model_state(chunks, config)
     if with_optimizer:
@@ -138,8 +172,11 @@ def load_checkpoint(
         if with_rng and "rng_state" in text:
             text += "; checkpoint.no_load_rng starts random states anew"
         raise ConfigError(text) from error
+    if with_optimizer:
+        check_schedule(config, scheduler, loaded["scheduler"])
     for i, chunk in enumerate(chunks):
-        unwrap(chunk).load_state_dict(loaded[_chunk_name(i, chunks)])
+        # NOTE: of a chunk without weights, which a pipeline layout may ask for, nothing comes back.
+        unwrap(chunk).load_state_dict(loaded.get(_chunk_name(i, chunks), {}))
     if with_optimizer:
         try:
             load_optimizer(optimizer, loaded["optimizer"])
@@ -148,13 +185,13 @@ def load_checkpoint(
                 f"{path} has the optimizer's state in the form of other parallel sizes: {error}; "
                 "checkpoint.no_load_optim starts it anew"
             ) from error
-        scheduler.load_state_dict(loaded["scheduler"])
+        load_scheduler(config, optimizer, scheduler, loaded["scheduler"])
     elif optimizer is not None:
         optimizer.reload_model_params()
     if with_rng:
         _set_rng_state(loaded["rng"][0])
     logger.info("loaded %s", path)
-    return Progress() if section.finetune else Progress(**loaded["progress"])
+    return Progress() if is_finetune else Progress(**loaded["progress"])
 
 
 def _shorten(error: BaseException) -> str:
@@ -165,25 +202,34 @@ def _shorten(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
-def find_checkpoint(config: Config) -> Path | None:
+def find_checkpoint(config: Config) -> Start | None:
     """The checkpoint that the settings ask for, or None to start anew.
+
+    With auto_resume the newest one in checkpoint.save comes first: a run that was restarted goes on
+    where it was, not where checkpoint.load, ckpt_step and finetune had it begin.
 
     Raises:
         ConfigError: checkpoint.load or ckpt_step names one that is not there.
     """
     section = config.checkpoint
+    if section.auto_resume and section.save is not None and section.loads_from_elsewhere:
+        iteration = latest_iteration(section.save)
+        if iteration is not None:
+            logger.info("%s has checkpoints of this run: it goes on from there", section.save)
+            return Start(path=checkpoint_path(section.save, iteration), is_own=True)
     directory = section.load or section.save
-    if directory is None or not (section.auto_resume or section.load):
+    is_asked_for = section.load is not None or section.ckpt_step is not None
+    if directory is None or not (section.auto_resume or is_asked_for):
         return None
     if section.ckpt_step is not None:
         path = checkpoint_path(directory, section.ckpt_step)
         if not path.is_dir():
             raise ConfigError(f"checkpoint.ckpt_step = {section.ckpt_step}: no {path}")
-        return path
+        return Start(path=path)
     iteration = latest_iteration(directory)
     if iteration is not None:
-        return checkpoint_path(directory, iteration)
-    if section.load is not None and section.load != section.save:
+        return Start(path=checkpoint_path(directory, iteration))
+    if section.loads_from_elsewhere:
         raise ConfigError(f"checkpoint.load = {section.load!r}: no checkpoint there")
     return None
 

@@ -5,6 +5,8 @@ Symbols: L layers of the model, E experts of a layer.
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +22,7 @@ class ExpertLoad:
     """Tokens per expert since the last report, over all ranks.
 
     Attributes:
-        layer: 1-based number in the model.
+        layer: 1-based number in the model; layers of multi-token prediction follow the last.
         tokens_per_expert: E counts.
     """
 
@@ -96,28 +98,40 @@ class ExpertLoadMeter:
 
     Args:
         chunks: model chunks of this rank.
-        num_layers: L, of the whole model.
+        num_layers: of the decoder.
+        num_mtp_layers: of multi-token prediction; L is the sum of both.
         num_experts: E.
         device: where to count.
     """
 
     def __init__(
-        self, chunks: Iterable[nn.Module], *, num_layers: int, num_experts: int, device: Any
+        self,
+        chunks: Iterable[nn.Module],
+        *,
+        num_layers: int,
+        num_mtp_layers: int,
+        num_experts: int,
+        device: Any,
     ) -> None:
         from megatron.core.transformer.moe.router import Router
 
-        self._counts = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
+        size = (num_layers + num_mtp_layers, num_experts)
+        self._counts = torch.zeros(size, dtype=torch.int64, device=device)
         for chunk in chunks:
-            for module in chunk.modules():
+            for name, module in chunk.named_modules():
                 if isinstance(module, Router):
-                    module.register_forward_hook(self._count)
+                    # NOTE: Megatron-Core numbers layers of multi-token prediction as if they were
+                    # the decoder's.
+                    of_mtp = re.search(r"\bmtp\.layers\.(\d+)\.", name)
+                    layer = (module.layer_number or 0) - 1
+                    row = num_layers + int(of_mtp[1]) if of_mtp else layer
+                    module.register_forward_hook(functools.partial(self._count, row))
 
-    def _count(self, router: Any, inputs: Any, output: Any) -> None:
+    def _count(self, row: int, router: Any, inputs: Any, output: Any) -> None:
         """With recompute a layer runs twice; only the pass with gradients counts."""
-        layer = (router.layer_number or 0) - 1
-        if router.training and torch.is_grad_enabled() and 0 <= layer < len(self._counts):
+        if router.training and torch.is_grad_enabled() and 0 <= row < len(self._counts):
             _, routing_map = output
-            self._counts[layer] += routing_map.sum(dim=0)
+            self._counts[row] += routing_map.sum(dim=0)
 
     def report(self) -> list[ExpertLoad]:
         """Loads of the layers with experts, over all ranks, and starts anew; collective."""

@@ -151,10 +151,7 @@ def _build_chunk(
 ) -> nn.Module:
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import (
-        get_gpt_decoder_block_spec,
-        get_gpt_mtp_block_spec,
-    )
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     spec = get_gpt_decoder_block_spec(
         core_config,
@@ -163,14 +160,12 @@ def _build_chunk(
         qk_l2_norm=core_config.qk_l2_norm,
         vp_stage=vp_stage,
     )
-    mtp_spec = None
-    if core_config.mtp_num_layers:
-        mtp_spec = get_gpt_mtp_block_spec(core_config, spec, use_te, vp_stage=vp_stage)
+    mtp_spec = _mtp_spec(config, core_config, use_te=use_te, vp_stage=vp_stage)
     if not use_te:
         _use_sequence_parallel_norms(spec)
         _use_sequence_parallel_norms(mtp_spec)
     stage = {"ignore_virtual": False, "vp_stage": vp_stage}
-    return GPTModel(
+    gpt = GPTModel(
         config=core_config,
         transformer_layer_spec=spec,
         vocab_size=vocab_size,
@@ -184,6 +179,32 @@ def _build_chunk(
         mtp_block_spec=mtp_spec,
         vp_stage=vp_stage,
     )
+    if gpt.share_embeddings_and_output_weights and gpt.mtp_process and gpt.post_process:
+        # NOTE: the output is computed with the embedding that multi-token prediction needs here.
+        # Megatron-Core makes another weight after the first stage, and cannot save it.
+        gpt.output_layer.weight = None
+    return gpt
+
+
+def _mtp_spec(config: Config, core_config: Any, *, use_te: bool, vp_stage: int | None) -> Any:
+    """Of multi-token prediction, whose layers are like the last one of the model; None where this
+    chunk has none of them.
+    """
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_layer_specs,
+        get_gpt_mtp_block_spec,
+    )
+
+    if not core_config.mtp_num_layers:
+        return None
+    # NOTE: not taken from the chunk's decoder, which a pipeline layout may leave without layers.
+    last_layer = get_gpt_decoder_layer_specs(
+        core_config,
+        use_transformer_engine=use_te,
+        normalization=config.model.normalization,
+        qk_l2_norm=core_config.qk_l2_norm,
+    )[-1]
+    return get_gpt_mtp_block_spec(core_config, last_layer, use_te, vp_stage=vp_stage)
 
 
 class TorchNorm:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_ep.config import Config
+from megatron_ep.config import Config, ConfigError
 from megatron_ep.config.build import optimizer_config
 
 
@@ -30,7 +30,7 @@ def build_scheduler(config: Config, optimizer: Any, *, global_batch_size: int) -
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     schedule = config.lr_schedule
-    decay_iters = schedule.lr_decay_iters or config.training.train_iters
+    decay_iters = _decay_iters(config)
     wsd_iters = schedule.lr_wsd_decay_iters
     return OptimizerParamScheduler(
         optimizer,
@@ -49,6 +49,66 @@ def build_scheduler(config: Config, optimizer: Any, *, global_batch_size: int) -
         wsd_decay_steps=None if wsd_iters is None else wsd_iters * global_batch_size,
         lr_wsd_decay_style=schedule.lr_wsd_decay_style,
     )
+
+
+def _decay_iters(config: Config) -> int:
+    return config.lr_schedule.lr_decay_iters or config.training.train_iters
+
+
+def check_schedule(config: Config, scheduler: Any, saved: dict[str, Any]) -> None:
+    """Whether the schedule of a checkpoint is that of the settings, or these are to override it.
+
+    Args:
+        config: the settings.
+        scheduler: what build_scheduler() gave for them.
+        saved: state of the one in the checkpoint.
+
+    Raises:
+        ConfigError: they differ; names every setting with both values.
+    """
+    if config.lr_schedule.override_opt_param_scheduler:
+        return
+    own, step_size = scheduler.state_dict(), scheduler.lr_decay_steps // _decay_iters(config)
+    has_decay_iters = config.lr_schedule.lr_decay_iters is not None
+    iters = "lr_schedule.lr_decay_iters" if has_decay_iters else "training.train_iters"
+    names = {
+        "lr_decay_style": "lr_schedule.lr_decay_style",
+        "max_lr": "optimizer.lr",
+        "min_lr": "optimizer.min_lr",
+        "end_wd": "optimizer.weight_decay",
+        "lr_warmup_steps": "lr_schedule.lr_warmup_iters",
+    }
+    if own["lr_decay_style"] != "constant":
+        names["lr_decay_steps"] = iters
+    units = {key: step_size if key.endswith("_steps") else None for key in names}
+    different = [
+        f"{name} = {_in_units(own[key], units[key])}, in the checkpoint "
+        f"{_in_units(saved[key], units[key])}"
+        for key, name in names.items()
+        if own[key] != saved[key]
+    ]
+    if different:
+        raise ConfigError(
+            "the checkpoint has another learning-rate schedule:\n"
+            + "\n".join(f"  {line}" for line in different)
+            + "\nlr_schedule.override_opt_param_scheduler = true goes on with the new one"
+        )
+
+
+def _in_units(value: Any, unit: int | None) -> Any:
+    """Samples as steps."""
+    return value if unit is None else f"{value / unit:g}"
+
+
+def load_scheduler(config: Config, optimizer: Any, scheduler: Any, saved: dict[str, Any]) -> None:
+    """Has the schedule go on where it was saved; after load_optimizer().
+
+    NOTE: groups of parameters bring their learning rates along, which come before the schedule's.
+    """
+    if config.lr_schedule.override_opt_param_scheduler:
+        for group in optimizer.param_groups:
+            group |= {"max_lr": config.optimizer.lr, "min_lr": config.optimizer.min_lr}
+    scheduler.load_state_dict(saved)
 
 
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:

@@ -62,7 +62,7 @@ def count_parameters(config: Config, *, vocab_size: int) -> ParameterCount:
     attention = _attention(core) + 2 * norm
     per_expert = _mlp(core, core.moe_ffn_hidden_size or core.ffn_hidden_size)
     router_and_shared = _outside_experts(core)
-    is_moe = _layers_with_experts(config)
+    is_moe = layers_with_experts(config)
     num_moe = sum(is_moe)
     dense = (len(is_moe) - num_moe) * _mlp(core, core.ffn_hidden_size)
     common = outside + len(is_moe) * attention + dense + num_moe * router_and_shared
@@ -78,13 +78,19 @@ def count_parameters(config: Config, *, vocab_size: int) -> ParameterCount:
     )
 
 
-def _layers_with_experts(config: Config) -> list[bool]:
+def layers_with_experts(config: Config) -> list[bool]:
+    """For each layer of the decoder, whether it has experts."""
     num_layers, frequency = config.model.num_layers, config.moe.moe_layer_freq
     if config.moe.num_experts is None:
         return [False] * num_layers
     if isinstance(frequency, list):
         return [bool(flag) for flag in frequency]
     return [i % frequency == 0 for i in range(num_layers)]
+
+
+def num_mtp_layers(config: Config) -> int:
+    """Layers of multi-token prediction, each like the last one of the decoder."""
+    return config.transformer.get("mtp_num_layers") or 0
 
 
 def _attention(core: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import os
@@ -16,7 +17,9 @@ import numpy as np
 import torch
 
 from megatron_ep.config import Config, ConfigError, check_world_size
+from megatron_ep.config.layout import pipeline_layout
 from megatron_ep.devices import choose_device, start_process_group
+from megatron_ep.parameters import num_mtp_layers
 
 logger = logging.getLogger("megatron_ep")
 
@@ -69,6 +72,7 @@ def start_ranks(config: Config) -> Ranks:
         expert_model_parallel_size=sizes.expert_model_parallel_size,
         expert_tensor_parallel_size=sizes.expert_tensor_parallel_size,
         distributed_timeout_minutes=sizes.distributed_timeout_minutes,
+        get_embedding_ranks=functools.partial(embedding_ranks, config),
         create_gloo_process_groups=False,
     )
     _set_seeds(config.training.seed)
@@ -79,6 +83,28 @@ def start_ranks(config: Config) -> Ranks:
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
     )
+
+
+def embedding_ranks(config: Config, pipeline: list[int]) -> list[int]:
+    """Those ranks of a pipeline that hold the word embedding and sum its gradients: the first, the
+    one that predicts further tokens, and the last if its output layer shares the weights.
+
+    Example:
+        >>> config = make_config({"transformer": {"mtp_num_layers": 1}})
+        >>> embedding_ranks(config, [0, 2, 4])
+        [0, 4]
+    """
+    from megatron.core.transformer.enums import LayerType
+
+    holders, layout = {pipeline[0]}, pipeline_layout(config)
+    has_mtp_in_last = layout is None and num_mtp_layers(config) > 0
+    if has_mtp_in_last or not config.model.untie_embeddings_and_output_weights:
+        holders.add(pipeline[-1])
+    if layout is not None:
+        for rank, chunks in zip(pipeline, layout.layout):
+            if any(LayerType.mtp in chunk for chunk in chunks):
+                holders.add(rank)
+    return sorted(holders)
 
 
 def stop_ranks() -> None:

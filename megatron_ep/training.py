@@ -29,6 +29,7 @@ from megatron_ep.expert_load import DroppedRows, ExpertLoadMeter, rank_imbalance
 from megatron_ep.metrics import Reporter
 from megatron_ep.model import unwrap
 from megatron_ep.optim import build_optimizer, build_scheduler
+from megatron_ep.parameters import layers_with_experts, num_mtp_layers
 from megatron_ep.ranks import Ranks, data_parallel_size
 from megatron_ep.trace import active_tracer, hidden_fraction, write_trace
 
@@ -126,6 +127,7 @@ class Trainer:
         return ExpertLoadMeter(
             self.chunks,
             num_layers=self.config.model.num_layers,
+            num_mtp_layers=num_mtp_layers(self.config),
             num_experts=self.config.moe.num_experts,
             device=self.ranks.device,
         )
@@ -252,7 +254,7 @@ class Trainer:
         """A micro batch, in the form that Megatron-Core's schedules call."""
         gpt = unwrap(model)
         batch: Batch = {}
-        if data is not None and (gpt.pre_process or gpt.post_process):
+        if data is not None and (gpt.pre_process or gpt.mtp_process or gpt.post_process):
             batch = next(data)
             batch = _slice_for_context_parallel(batch)
         output = model(
@@ -333,14 +335,16 @@ class Trainer:
         if not names:
             return {}
         totals: dict[str, torch.Tensor] = {}
+        has_experts = layers_with_experts(self.config)
+        has_experts += has_experts[-1:] * num_mtp_layers(self.config)
         track_moe_metrics(
             loss_scale=1.0 / (self.num_microbatches * num_steps),
             iteration=self.progress.iteration,
             total_loss_dict=totals,
             force_initialize=True,
             track_names=names,
-            num_layers=self.config.model.num_layers,
-            moe_layer_freq=moe.moe_layer_freq,
+            num_layers=len(has_experts),
+            moe_layer_freq=[int(has) for has in has_experts],
         )
         return {name: float(value) for name, value in totals.items()}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from megatron_ep.config.errors import ConfigError
+from megatron_ep.config.layout import pipeline_layout
 from megatron_ep.config.schema import Config
 
 FP8_GROUP = 128
@@ -15,9 +17,12 @@ def check_rules(config: Config) -> list[str]:
     """What is wrong with the combination of settings."""
     return [
         *_model_rules(config),
+        *_layout_rules(config),
+        *_cuda_graph_rules(config),
         *_moe_rules(config),
         *_training_rules(config),
         *_data_rules(config),
+        *_checkpoint_rules(config),
         *_ep_rules(config),
     ]
 
@@ -93,17 +98,6 @@ def _expert_tp_hint(config: Config) -> str:
     return " (parallelism.expert_tensor_parallel_size = 1 does not slice experts)"
 
 
-_UNEVEN_STAGES = (
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "pipeline_model_parallel_layout",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-)
-
-_CUDA_GRAPHS = ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph")
-
-
 def _model_rules(config: Config) -> Iterator[str]:
     model, sizes = config.model, config.parallelism
     if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
@@ -118,14 +112,17 @@ def _model_rules(config: Config) -> Iterator[str]:
             f"num_query_groups = {groups}"
         )
     stages = sizes.pipeline_model_parallel_size * (sizes.virtual_pipeline_model_parallel_size or 1)
-    if model.num_layers % stages and not any(map(config.transformer.get, _UNEVEN_STAGES)):
-        yield f"model.num_layers = {model.num_layers} is not divisible by {stages} stages"
-    for name in _CUDA_GRAPHS:
-        if (value := config.transformer.get(name)) not in (None, False, "none"):
-            yield (
-                f"{name} = {value!r}: a run captures no CUDA graphs; a program may do so with MoE "
-                "layers, see megatron_ep.capture_layer()"
-            )
+    uneven = [
+        "num_layers_in_first_pipeline_stage",
+        "num_layers_in_last_pipeline_stage",
+        "pipeline_model_parallel_layout",
+    ]
+    parts = ["account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"]
+    parts = [name for name in parts if config.transformer.get(name)]
+    is_uneven = any(config.transformer.get(name) is not None for name in uneven)
+    if (model.num_layers + len(parts)) % stages and not is_uneven:
+        more = "".join(f" + 1 ({name})" for name in parts)
+        yield f"model.num_layers = {model.num_layers}{more} is not divisible by {stages} stages"
     if sizes.virtual_pipeline_model_parallel_size and sizes.pipeline_model_parallel_size == 1:
         yield "parallelism.virtual_pipeline_model_parallel_size needs pipeline stages"
     if (model.max_position_embeddings or model.seq_length) < model.seq_length:
@@ -133,11 +130,37 @@ def _model_rules(config: Config) -> Iterator[str]:
             f"model.max_position_embeddings = {model.max_position_embeddings} is less than "
             f"seq_length = {model.seq_length}"
         )
+    if config.transformer.get("mtp_num_layers") and model.position_embedding_type not in (
+        "rope",
+        "none",
+    ):
+        yield (
+            f"model.position_embedding_type = {model.position_embedding_type!r} does not work with "
+            "mtp_num_layers: the stage that predicts further tokens would have positions of its own"
+        )
     if model.seq_length % sizes.tensor_model_parallel_size:
         yield (
             f"model.seq_length = {model.seq_length} is not divisible by "
             f"tensor_model_parallel_size = {sizes.tensor_model_parallel_size}"
         )
+
+
+def _cuda_graph_rules(config: Config) -> Iterator[str]:
+    off = {"cuda_graph_impl": "none", "enable_cuda_graph": False, "external_cuda_graph": False}
+    for name, value in off.items():
+        given = config.transformer.get(name, value)
+        if given != value:
+            yield (
+                f"transformer.{name} = {given!r}: this training captures no CUDA graphs; "
+                "megatron_ep.capture_layer() captures MoE layers of a program of your own"
+            )
+
+
+def _layout_rules(config: Config) -> Iterator[str]:
+    try:
+        pipeline_layout(config)
+    except ConfigError as error:
+        yield str(error)
 
 
 def _moe_rules(config: Config) -> Iterator[str]:
@@ -198,11 +221,17 @@ def _training_rules(config: Config) -> Iterator[str]:
         )
     if schedule.lr_decay_style == "WSD" and schedule.lr_wsd_decay_iters is None:
         yield "lr_schedule.lr_decay_style = 'WSD' needs lr_wsd_decay_iters"
-    wsd_iters = schedule.lr_wsd_decay_iters or 0
-    if schedule.lr_decay_style == "WSD" and wsd_iters > decay_iters - schedule.lr_warmup_iters:
+    wsd_iters, after_warmup = schedule.lr_wsd_decay_iters, decay_iters - schedule.lr_warmup_iters
+    if schedule.lr_decay_style == "WSD" and (wsd_iters or 0) > after_warmup > 0:
         yield (
-            f"lr_schedule.lr_wsd_decay_iters = {wsd_iters} is more than lr_decay_iters - "
-            f"lr_warmup_iters = {decay_iters - schedule.lr_warmup_iters}: lr would never be reached"
+            f"lr_schedule.lr_wsd_decay_iters = {wsd_iters} is more than the {after_warmup} steps "
+            f"between lr_warmup_iters = {schedule.lr_warmup_iters} and lr_decay_iters = "
+            f"{decay_iters}: the learning rate would never be optimizer.lr"
+        )
+    if schedule.lr_warmup_init > optimizer.lr:
+        yield (
+            f"lr_schedule.lr_warmup_init = {schedule.lr_warmup_init} is more than optimizer.lr = "
+            f"{optimizer.lr}"
         )
     if optimizer.min_lr > optimizer.lr:
         yield f"optimizer.min_lr = {optimizer.min_lr} is more than lr = {optimizer.lr}"
@@ -213,8 +242,6 @@ def _training_rules(config: Config) -> Iterator[str]:
             yield "parallelism.overlap_param_gather needs overlap_grad_reduce"
     if config.parallelism.use_distributed_optimizer and optimizer.optimizer != "adam":
         yield "parallelism.use_distributed_optimizer needs optimizer.optimizer = 'adam'"
-    if config.checkpoint.save_interval and config.checkpoint.save is None:
-        yield "checkpoint.save_interval needs checkpoint.save"
 
 
 def _data_rules(config: Config) -> Iterator[str]:
@@ -237,3 +264,20 @@ def _data_rules(config: Config) -> Iterator[str]:
     is_huggingface = config.tokenizer.tokenizer_type == "huggingface"
     if is_huggingface and config.tokenizer.tokenizer_model is None:
         yield "tokenizer.tokenizer_type = 'huggingface' needs tokenizer_model"
+
+
+def _checkpoint_rules(config: Config) -> Iterator[str]:
+    section = config.checkpoint
+    if section.save_interval and section.save is None:
+        yield "checkpoint.save_interval needs checkpoint.save"
+    if section.finetune and section.load is None:
+        yield "checkpoint.finetune needs checkpoint.load"
+    if not section.auto_resume or section.save is None or section.loads_from_elsewhere:
+        return
+    for name in ("finetune", "ckpt_step"):
+        if value := getattr(section, name):
+            yield (
+                f"checkpoint.{name} = {value}, checkpoint.save = {section.save!r}: a run that is "
+                f"restarted would begin there again; name another directory in checkpoint.save "
+                "and this one in checkpoint.load, or set auto_resume = false"
+            )

@@ -7,6 +7,7 @@ Megatron-Core's TransformerConfig may stand in the sections model, parallelism o
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -250,7 +251,7 @@ class LRScheduleSection(Section):
     lr_wsd_decay_iters: PositiveInt | None = None
     """Steps of the last part of WSD."""
     override_opt_param_scheduler: bool = False
-    """On resume, take the schedule from here and not from the checkpoint."""
+    """On resume, go on with the schedule given here; else it must be that of the checkpoint."""
 
 
 class DataSection(Section):
@@ -301,17 +302,24 @@ class CheckpointSection(Section):
     keep_last: PositiveInt | None = None
     """Keep this many checkpoints; all if not given."""
     auto_resume: bool = True
-    """Start from the latest checkpoint where there is one."""
+    """Start from the latest checkpoint where there is one; one in `save` comes before `load`."""
     ckpt_step: PositiveInt | None = None
-    """Start from the checkpoint of this step."""
+    """Start from the checkpoint of this step in `load`."""
     no_load_optim: bool = False
     """Do not restore the optimizer."""
     no_load_rng: bool = False
     """Do not restore random states."""
     finetune: bool = False
-    """Load the model only and start at step 0."""
+    """Load the model only, from `load`, and start at step 0."""
     dist_ckpt_optim_fully_reshardable: bool = False
     """Save the distributed optimizer so that other parallel sizes can load it (slower)."""
+
+    @property
+    def loads_from_elsewhere(self) -> bool:
+        """Whether `load` names another directory than `save`."""
+        if self.load is None or self.save is None:
+            return self.load is not None
+        return Path(self.load).resolve() != Path(self.save).resolve()
 
 
 class LoggingSection(Section):

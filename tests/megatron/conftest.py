@@ -10,6 +10,7 @@ import random
 import moe_layers
 import pytest
 import rank_devices
+import several_ranks
 import torch
 from programs import TIMEOUT_S, Programs
 
@@ -83,6 +84,26 @@ def on_one_rank(launch):
         return value
 
     return call
+
+
+@pytest.fixture
+def train_on_ranks(launch, corpus, tmp_path):
+    """Trains {name: flags} on fresh ranks, into tmp_path / name; see several_ranks.train.
+
+    Returns what rank 0 gave.
+    """
+
+    def train(num_ranks, cases):
+        stores = [
+            torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+            for _ in cases
+        ]
+        ports = [store.port for store in stores]
+        arguments = (num_ranks, ports, corpus, tmp_path, cases)
+        options = {"num_ranks": num_ranks, "process_group": False, "deadline_s": TIMEOUT_S}
+        return launch(several_ranks.train, *arguments, **options).values[0]
+
+    return train
 
 
 @pytest.fixture(scope="session")

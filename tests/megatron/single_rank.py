@@ -16,11 +16,15 @@ from megatron_ep import generate, pretrain
 ONE_RANK = ["--expert-model-parallel-size", "1"]
 
 
-def call(main, *arguments):
-    """Calls a main(); returns its exit status and all that it prints and logs."""
+def call(main, *arguments, environment=None):
+    """Calls a main(); returns its exit status and all that it prints and logs.
+
+    The environment is what torchrun would set; nothing for one rank.
+    """
     import_megatron()
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         os.environ.pop(name, None)
+    os.environ.update({name: str(value) for name, value in (environment or {}).items()})
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         status = main([str(argument) for argument in arguments])

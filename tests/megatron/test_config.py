@@ -154,21 +154,6 @@ def test_all_errors_are_reported_at_once():
             },
             "moe.moe_experts = torch needs moe.moe_token_dispatcher_type = deepep",
         ),
-        (
-            {"model": {"cuda_graph_impl": "local"}},
-            "cuda_graph_impl = 'local': a run captures no CUDA graphs",
-        ),
-        (
-            {
-                "lr_schedule": {
-                    "lr_decay_style": "WSD",
-                    "lr_wsd_decay_iters": 95,
-                    "lr_warmup_iters": 10,
-                },
-                "training": {"train_iters": 100},
-            },
-            "lr_wsd_decay_iters = 95 is more than lr_decay_iters - lr_warmup_iters = 90",
-        ),
         ({"data": {"split": "0,0,0"}}, "data.split = '0,0,0' leaves no training data"),
         (
             {"data": {"reset_position_ids": True}},
@@ -229,6 +214,42 @@ def test_all_errors_are_reported_at_once():
         ({"optimizer": {"lr": 1e-4, "min_lr": 1e-3}}, "min_lr = 0.001 is more than lr = 0.0001"),
         ({"checkpoint": {"save_interval": 5}}, "checkpoint.save_interval needs checkpoint.save"),
         (
+            {"model": {"mtp_num_layers": 1, "position_embedding_type": "learned_absolute"}},
+            "model.position_embedding_type = 'learned_absolute' does not work with mtp_num_layers",
+        ),
+        (
+            {"transformer": {"cuda_graph_impl": "local"}},
+            "transformer.cuda_graph_impl = 'local': this training captures no CUDA graphs",
+        ),
+        (
+            {"model": {"enable_cuda_graph": True}},
+            "transformer.enable_cuda_graph = True: this training captures no CUDA graphs",
+        ),
+        (
+            {
+                "training": {"train_iters": 100},
+                "lr_schedule": {
+                    "lr_decay_style": "WSD",
+                    "lr_warmup_iters": 10,
+                    "lr_wsd_decay_iters": 91,
+                },
+            },
+            "lr_wsd_decay_iters = 91 is more than the 90 steps between lr_warmup_iters = 10 and",
+        ),
+        (
+            {"lr_schedule": {"lr_warmup_init": 2e-3}},
+            "lr_schedule.lr_warmup_init = 0.002 is more than optimizer.lr = 0.001",
+        ),
+        ({"checkpoint": {"finetune": True}}, "checkpoint.finetune needs checkpoint.load"),
+        (
+            {"checkpoint": {"save": "run", "load": "./run", "finetune": True}},
+            "checkpoint.finetune = True, checkpoint.save = 'run': a run that is restarted",
+        ),
+        (
+            {"checkpoint": {"save": "run", "ckpt_step": 3}},
+            "checkpoint.ckpt_step = 3, checkpoint.save = 'run': a run that is restarted",
+        ),
+        (
             {"model": {"window_size": [1, 0]}, "transformer": {"window_size": [2, 0]}},
             "transformer.window_size: stands in another section, too",
         ),
@@ -236,6 +257,40 @@ def test_all_errors_are_reported_at_once():
 )
 def test_a_contradiction_is_named_with_both_sides(values, message):
     assert message in error_of(values)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "split", "message"),
+    [
+        (7, {"account_for_loss_in_pipeline_split": True}, None),
+        (
+            6,
+            {f"account_for_{part}_in_pipeline_split": True for part in ("embedding", "loss")},
+            None,
+        ),
+        (
+            6,
+            {"num_layers_in_first_pipeline_stage": 2, "pipeline_model_parallel_layout": None},
+            None,
+        ),
+        (6, {"account_for_loss_in_pipeline_split": False}, "= 6 is not divisible by 4 stages"),
+        (6, {"num_layers_in_last_pipeline_stage": None}, "= 6 is not divisible by 4 stages"),
+        (
+            8,
+            {"account_for_loss_in_pipeline_split": True},
+            "= 8 + 1 (account_for_loss_in_pipeline_split) is not divisible by 4 stages",
+        ),
+    ],
+)
+def test_layers_need_not_be_divided_evenly_where_megatron_is_told_how(num_layers, split, message):
+    values = {
+        "model": {"num_layers": num_layers, **split},
+        "parallelism": {"pipeline_model_parallel_size": 4},
+    }
+    if message is None:
+        make_config(values)
+    else:
+        assert f"model.num_layers {message}" in error_of(values)
 
 
 def test_a_number_of_ranks_that_does_not_fit_is_named():

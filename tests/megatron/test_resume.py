@@ -19,7 +19,7 @@ def test_a_run_that_stopped_goes_on_where_it_was(programs, corpus, tmp_path):
 
 def test_fewer_ranks_need_flags_that_are_named(programs, on_one_rank, corpus, tmp_path):
     train(programs, corpus, tmp_path / "two", "--exit-interval", 2)
-    flags = ["--load", tmp_path / "two"]
+    flags = ["--load", tmp_path / "two", "--override-opt-param-scheduler"]
     without_rng = [*flags, "--no-load-rng"]
     cases = [flags, without_rng, [*without_rng, "--no-load-optim"]]
     first, second, third = on_one_rank(single_rank.try_to_train, corpus, tmp_path, cases)
@@ -80,6 +80,72 @@ def test_one_kind_of_experts_goes_on_from_another(programs, corpus, tmp_path, be
         norms = [one.pop("grad_norm", None) for one in (line, want)]
         assert line == want
         assert norms == [None, None] or norms[0] == pytest.approx(norms[1], rel=1e-6)
+
+
+def test_a_run_that_began_elsewhere_goes_on_from_its_own_checkpoints(on_one_rank, corpus, tmp_path):
+    begin = ["--load", tmp_path / "saved", "--eval-interval", "none", "--train-iters", 4]
+    starts = {
+        "finetune": [*begin, "--finetune", "--exit-interval", 2],
+        "step": [*begin, "--ckpt-step", 2, "--no-load-optim", "--exit-interval", 3],
+    }
+    cases = [["--save", tmp_path / "saved", "--save-interval", 2, "--train-iters", 4]]
+    for name, flags in starts.items():
+        cases += [[*flags, "--save", tmp_path / name]] * 2
+        cases += [[*flags, "--save", tmp_path / f"whole {name}", "--exit-interval", "none"]]
+    results = on_one_rank(single_rank.try_to_train, corpus, tmp_path, cases)
+    assert [status for status, _ in results] == [0] * len(cases), results
+    for name, (_, printed) in zip(starts, results[2::3]):
+        assert f"{tmp_path / name} has checkpoints of this run" in printed
+        assert runs.numbers(tmp_path / name) == runs.numbers(tmp_path / f"whole {name}")
+
+
+LONGER = ["--train-iters", 12]
+FASTER = ["--lr", 4e-3]
+OVERRIDE = ["--override-opt-param-scheduler"]
+
+
+def test_another_schedule_is_refused_unless_it_is_to_override_the_old_one(
+    on_one_rank, corpus, tmp_path
+):
+    saved = ["--save", tmp_path / "saved"]
+    again = ["--load", tmp_path / "saved", "--no-save-at-end"]
+    cases = [
+        ([*saved, "--lr-warmup-iters", 1], None),
+        ([*again, *LONGER], "training.train_iters = 12, in the checkpoint 8\n"),
+        ([*again, *FASTER], "optimizer.lr = 0.004, in the checkpoint 0.003\n"),
+        ([*again, "--lr-decay-style", "linear"], "style = linear, in the checkpoint cosine\n"),
+        ([*again, *FASTER, *LONGER, *OVERRIDE], None),
+        ([*FASTER, *LONGER, "--no-save-at-end"], None),
+    ]
+    flags = [flags for flags, _ in cases]
+    results = on_one_rank(single_rank.try_to_train, corpus, tmp_path, flags)
+    for (status, output), (_, message) in zip(results, cases):
+        assert status == (0 if message is None else 2), output
+        if message is not None:
+            assert message in output
+            assert "lr_schedule.override_opt_param_scheduler" in output
+    resumed, whole = (
+        [line["lr"] for line in runs.records(tmp_path / name, "train")] for name in ("4", "5")
+    )
+    assert resumed == whole[8:]
+
+
+OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather"]
+
+
+def test_weights_that_are_gathered_in_the_forward_pass_are_saved_up_to_date(
+    train_on_ranks, tmp_path
+):
+    start = ["--use-distributed-optimizer", "--eval-interval", "none", "--train-iters", 3]
+    start += ["--save-interval", 2]
+    cases = {"plain": start, "overlap": start + OVERLAP}
+    for name in ("plain", "overlap"):
+        again = ["--load", tmp_path / name, "--finetune", "--no-save-at-end", "--train-iters", 2]
+        cases[f"from {name}"] = [*start, *again]
+    for status, printed in train_on_ranks(2, cases).values():
+        assert status == 0, printed
+    assert runs.losses(tmp_path / "overlap") == runs.losses(tmp_path / "plain")
+    assert runs.losses(tmp_path / "from overlap") == runs.losses(tmp_path / "from plain")
 
 
 VARIANTS = {
