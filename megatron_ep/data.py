@@ -8,6 +8,7 @@ make_iterator()    micro batches on the device, from a given number of consumed 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,7 @@ def parse_blend(data_path: list[str]) -> tuple[list[str], list[float] | None]:
     """Prefixes and weights of a data path.
 
     Raises:
-        ConfigError: empty, a weight without prefix, or files that are not there or of another kind.
+        ConfigError: empty, a weight without prefix or not above 0, or files that are not there or of another kind.
 
     Example:
         >>> parse_blend(["0.3", "data/a", "0.7", "data/b"])  # when the files exist
@@ -104,6 +105,9 @@ def parse_blend(data_path: list[str]) -> tuple[list[str], list[float] | None]:
         if len(data_path) % 2 or not all(map(_is_number, data_path[::2])):
             raise ConfigError(f"data.data_path: expected weight, prefix, ..., got {data_path}")
         paths, weights = data_path[1::2], [float(weight) for weight in data_path[::2]]
+        for text, weight in zip(data_path[::2], weights):
+            if not (math.isfinite(weight) and weight > 0):
+                raise ConfigError(f"data.data_path: weight {text} is not a number above 0")
     for prefix in paths:
         for suffix in (".bin", ".idx"):
             if not Path(prefix + suffix).is_file():

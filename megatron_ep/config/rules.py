@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from megatron_ep.config.errors import ConfigError
+from megatron_ep.config.fields import latent_attention_fields
 from megatron_ep.config.layout import pipeline_layout
 from megatron_ep.config.schema import Config
 
@@ -79,6 +80,22 @@ def _ep_rules(config: Config) -> Iterator[str]:
     if is_ours and uses_torch and config.model.add_bias_linear:
         yield "moe.moe_experts = torch has no biases: model.add_bias_linear must be off"
 
+    if is_ours and config.ep.fp8_dispatch:
+        yield from _fp8_dispatch_rules(config)
+
+
+def _fp8_dispatch_rules(config: Config) -> Iterator[str]:
+    from megatron_ep.fp8_rows import SCALE_GROUP
+
+    name, hidden = "model.hidden_size", config.model.hidden_size
+    if latent := config.transformer.get("moe_latent_size"):
+        name, hidden = "transformer.moe_latent_size", latent
+    if hidden % SCALE_GROUP:
+        yield (
+            f"ep.fp8_dispatch needs rows of whole groups of {SCALE_GROUP} channels, "
+            f"{name} = {hidden}"
+        )
+
 
 def _expert_tp_hint(config: Config) -> str:
     if config.parallelism.tensor_model_parallel_size == 1:
@@ -88,6 +105,10 @@ def _expert_tp_hint(config: Config) -> str:
 
 def _model_rules(config: Config) -> Iterator[str]:
     model, sizes = config.model, config.parallelism
+    if not config.transformer.get("multi_latent_attention", False):
+        for name in sorted(latent_attention_fields() & config.transformer.keys()):
+            value = config.transformer[name]
+            yield f"transformer.{name} = {value!r} needs multi_latent_attention = true"
     if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
         yield (
             f"model.hidden_size = {model.hidden_size} is not divisible by num_attention_heads = "
@@ -232,6 +253,8 @@ def _training_rules(config: Config) -> Iterator[str]:
         yield "parallelism.use_distributed_optimizer needs optimizer.optimizer = 'adam'"
     if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?){0,2}", config.data.split):
         yield f"data.split = {config.data.split!r} is not like '95,5,0': training, validation, test"
+    elif not any(map(float, config.data.split.split(","))):
+        yield f"data.split = {config.data.split!r}: every share is 0"
     is_huggingface = config.tokenizer.tokenizer_type == "huggingface"
     if is_huggingface and config.tokenizer.tokenizer_model is None:
         yield "tokenizer.tokenizer_type = 'huggingface' needs tokenizer_model"

@@ -211,6 +211,19 @@ def test_all_errors_are_reported_at_once():
             {"lr_schedule": {"lr_warmup_init": 2e-3}},
             "lr_schedule.lr_warmup_init = 0.002 is more than optimizer.lr = 0.001",
         ),
+        ({"data": {"split": "0,0.0,0"}}, "data.split = '0,0.0,0': every share is 0"),
+        (
+            {"model": {"q_lora_rank": 16}},
+            "transformer.q_lora_rank = 16 needs multi_latent_attention = true",
+        ),
+        (
+            {"model": {"hidden_size": 64}, "moe": {"num_experts": 4}, "ep": {"fp8_dispatch": True}},
+            "ep.fp8_dispatch needs rows of whole groups of 128 channels, model.hidden_size = 64",
+        ),
+        (
+            {"model": {"position_embedding_type": "yarn"}},
+            "model.position_embedding_type: Input should be 'learned_absolute', 'rope' or 'none'",
+        ),
         ({"checkpoint": {"finetune": True}}, "checkpoint.finetune needs checkpoint.load"),
         (
             {"checkpoint": {"save": "run", "load": "./run", "finetune": True}},

@@ -49,11 +49,17 @@ def test_data_that_cannot_be_read_are_named(on_one_rank, corpus, tmp_path):
         (["--data-path", tmp_path / "none"], f"data.data_path: no file {tmp_path}/none.bin"),
         (["--data-path", f"{corpus}.bin"], f"no file {corpus}.bin.bin (write '{corpus}')"),
         (["--data-path", "0.5", corpus, "0.5"], "data.data_path: expected weight, prefix, ..."),
+        (["--data-path", "nan", corpus, "1", corpus], "data.data_path: weight nan is not a number"),
+        (["--data-path", "0", corpus, "1", corpus], "data.data_path: weight 0 is not a number"),
         (["--data-path", broken], f"{broken}.idx is no index"),
         (["--split", "100,0,0"], "data.split = '100,0,0' leaves 0 validation samples"),
         (["--split", "0,100,0"], "data.split = '0,100,0' leaves no training data"),
         (["--tokenizer-type", "huggingface"], "'huggingface' needs tokenizer_model"),
         (["--device", "cuda"], "torch finds no CUDA device"),
+        (
+            ["--moe-experts", "torch", "--use-te-activation-func"],
+            "a layer refuses these settings: use_te_activation_func=True is not possible",
+        ),
         (["--moe-grouped-gemm"], "moe.moe_grouped_gemm: needs a GPU"),
         (["--load", tmp_path], f"checkpoint.load = '{tmp_path}': no checkpoint there"),
     ]
