@@ -89,7 +89,8 @@ def parse_blend(data_path: list[str]) -> tuple[list[str], list[float] | None]:
     """Prefixes and weights of a data path.
 
     Raises:
-        ConfigError: empty, a weight without prefix or not above 0, or files that are not there or of another kind.
+        ConfigError: empty, a weight without prefix or not above 0, or files that are not there or of
+            another kind.
 
     Example:
         >>> parse_blend(["0.3", "data/a", "0.7", "data/b"])  # when the files exist

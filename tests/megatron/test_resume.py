@@ -87,6 +87,21 @@ def test_a_run_that_began_elsewhere_goes_on_from_its_own_checkpoints(on_one_rank
         assert runs.numbers(tmp_path / name) == runs.numbers(tmp_path / f"whole {name}")
 
 
+def test_a_run_goes_on_with_another_number_of_ranks(train_on_ranks, on_one_rank, corpus, tmp_path):
+    flags = ["--global-batch-size", 8, "--hidden-dropout", 0]
+    ((status, printed),) = train_on_ranks(4, {"four": [*flags, "--save-interval", 4]}).values()
+    assert status == 0, printed
+    begin = [*flags, "--load", tmp_path / "four", "--ckpt-step", 4, "--no-save-at-end"]
+    ((status, printed),) = train_on_ranks(2, {"two": begin}).values()
+    assert status == 0, printed
+    assert "iter_0000004 has random states of 4 ranks, not 2" in printed
+    assert runs.losses(tmp_path / "two") == pytest.approx(runs.losses(tmp_path / "four")[4:])
+    results = on_one_rank(single_rank.try_to_train, corpus, tmp_path, [begin])
+    ((status, printed),) = results
+    assert status == 2, printed
+    assert "as with another expert_model_parallel_size: checkpoint.no_load_optim" in printed
+
+
 LONGER = ["--train-iters", 12]
 FASTER = ["--lr", 4e-3]
 OVERRIDE = ["--override-opt-param-scheduler"]
