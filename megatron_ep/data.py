@@ -89,7 +89,7 @@ def parse_blend(data_path: list[str]) -> tuple[list[str], list[float] | None]:
     """Prefixes and weights of a data path.
 
     Raises:
-        ConfigError: empty, a weight without prefix or not above 0, or files that are not there or of
+        ConfigError: empty, a weight without prefix or not above 0, or files that are missing or of
             another kind.
 
     Example:
