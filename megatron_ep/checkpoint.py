@@ -112,6 +112,7 @@ def save_checkpoint(
     state["scheduler"] = scheduler.state_dict()
     state["progress"] = dataclasses.asdict(progress)
     state["rng"] = _sharded_rng_state()
+    state["num_ranks"] = torch.distributed.get_world_size()
     prepare_writers()
     dist_checkpointing.save(state, str(partial), content_metadata=_metadata(config))
     _on_rank_0(lambda: _publish(config, partial, path, progress.iteration))
@@ -157,7 +158,7 @@ def load_checkpoint(
     is_finetune = section.finetune and not start.is_own
     is_training = optimizer is not None and not is_finetune
     with_optimizer = is_training and (start.is_own or not section.no_load_optim)
-    with_rng = is_training and (start.is_own or not section.no_load_rng)
+    with_rng = is_training and (start.is_own or not section.no_load_rng) and _fits_ranks(path)
     metadata = dist_checkpointing.load_content_metadata(str(path)) or _metadata(config)
     state = _model_state(chunks, config)
     if with_optimizer:
@@ -168,23 +169,16 @@ def load_checkpoint(
     try:
         loaded = dist_checkpointing.load(state, str(path))
     except (CheckpointingException, CheckpointException) as error:
-        text = f"{path} does not fit this model or number of ranks: {_shorten(error)}"
-        if with_rng and "rng_state" in text:
-            text += "; checkpoint.no_load_rng starts random states anew"
-        raise ConfigError(text) from error
+        raise ConfigError(
+            f"{path} does not fit this model or number of ranks: {_shorten(error)}"
+        ) from error
     if with_optimizer:
         check_schedule(config, scheduler, loaded["scheduler"])
     for i, chunk in enumerate(chunks):
         # NOTE: of a chunk without weights, which a pipeline layout may ask for, nothing comes back.
         unwrap(chunk).load_state_dict(loaded.get(_chunk_name(i, chunks), {}))
     if with_optimizer:
-        try:
-            load_optimizer(optimizer, loaded["optimizer"])
-        except KeyError as error:  # Megatron-Core looks for what other parallel sizes have
-            raise ConfigError(
-                f"{path} has the optimizer's state in the form of other parallel sizes: {error}; "
-                "checkpoint.no_load_optim starts it anew"
-            ) from error
+        load_optimizer(optimizer, loaded["optimizer"])
         load_scheduler(config, optimizer, scheduler, loaded["scheduler"])
     elif optimizer is not None:
         optimizer.reload_model_params()
@@ -192,6 +186,23 @@ def load_checkpoint(
         _set_rng_state(loaded["rng"][0])
     logger.info("loaded %s", path)
     return Progress() if is_finetune else Progress(**loaded["progress"])
+
+
+def _fits_ranks(path: Path) -> bool:
+    """Whether the checkpoint has a random state for each rank; warns if not."""
+    from megatron.core import dist_checkpointing
+
+    own = torch.distributed.get_world_size()
+    saved = dist_checkpointing.load_common_state_dict(str(path)).get("num_ranks", own)
+    if saved != own:
+        logger.warning(
+            "%s has random states of %d ranks, not %d: dropout goes on from training.seed "
+            "(checkpoint.no_load_rng = true says so without this warning)",
+            path,
+            saved,
+            own,
+        )
+    return bool(saved == own)
 
 
 def _shorten(error: BaseException) -> str:

@@ -204,7 +204,9 @@ NO_STREAM = _NoStream()
 
 
 def _use_no_streams() -> None:
-    """The alltoall dispatcher and overlapped shared experts make streams of their own."""
+    """The alltoall dispatcher, overlapped shared experts, and the schedule that overlaps
+    micro-batches make streams and events of their own; the latter marks ranges for a profiler.
+    """
     from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
@@ -213,6 +215,12 @@ def _use_no_streams() -> None:
     for name in ("current_stream", "default_stream"):
         answer_megatron(torch.cuda, name, lambda *args: NO_STREAM)
     answer_megatron(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    for made in (torch.cuda.Stream, torch.cuda.Event):
+        answer_megatron(made, "__new__", lambda *args, **kwargs: NO_STREAM)
+    answer_megatron(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    for name in ("range_push", "range_pop"):
+        answer_megatron(torch.cuda.nvtx, name, lambda *args: None)
+    answer_megatron(torch.cuda.nvtx, "range", lambda *args: contextlib.nullcontext())
 
 
 def _pass_splits_as_numpy() -> None:

@@ -89,7 +89,8 @@ def parse_blend(data_path: list[str]) -> tuple[list[str], list[float] | None]:
     """Prefixes and weights of a data path.
 
     Raises:
-        ConfigError: empty, a weight without prefix, or files that are not there or of another kind.
+        ConfigError: empty, a weight without prefix or not above 0, or files that are missing or of
+            another kind.
 
     Example:
         >>> parse_blend(["0.3", "data/a", "0.7", "data/b"])  # when the files exist
@@ -105,10 +106,9 @@ def parse_blend(data_path: list[str]) -> tuple[list[str], list[float] | None]:
         if len(data_path) % 2 or not all(map(_is_number, data_path[::2])):
             raise ConfigError(f"data.data_path: expected weight, prefix, ..., got {data_path}")
         paths, weights = data_path[1::2], [float(weight) for weight in data_path[::2]]
-        if not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
-            raise ConfigError(
-                f"data.data_path: weights {weights} have to be finite, not negative, not all zero"
-            )
+        for text, weight in zip(data_path[::2], weights):
+            if not (math.isfinite(weight) and weight > 0):
+                raise ConfigError(f"data.data_path: weight {text} is not a number above 0")
     for prefix in paths:
         for suffix in (".bin", ".idx"):
             if not Path(prefix + suffix).is_file():

@@ -165,7 +165,8 @@ def _build_chunk(
         _use_sequence_parallel_norms(spec)
         _use_sequence_parallel_norms(mtp_spec)
     stage = {"ignore_virtual": False, "vp_stage": vp_stage}
-    gpt = GPTModel(
+    gpt = _make(
+        GPTModel,
         config=core_config,
         transformer_layer_spec=spec,
         vocab_size=vocab_size,
@@ -184,6 +185,18 @@ def _build_chunk(
         # Megatron-Core makes another weight after the first stage, and cannot save it.
         gpt.output_layer.weight = None
     return gpt
+
+
+def _make(model: Any, **settings: Any) -> Any:
+    """Calls the class of the model.
+
+    Raises:
+        ConfigError: a layer refuses the settings.
+    """
+    try:
+        return model(**settings)
+    except ValueError as error:
+        raise ConfigError(f"a layer refuses these settings: {error}") from error
 
 
 def _mtp_spec(config: Config, core_config: Any, *, use_te: bool, vp_stage: int | None) -> Any:

@@ -118,12 +118,21 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     those from before the load (format dp_reshardable) or looks for one in vain (fully_reshardable),
     and gives all parameters the same tensor, which every parameter's update then advances. The
     right value is in the parameter groups.
+
+    Raises:
+        ConfigError: experts had an optimizer of their own, and now do not, or the other way round.
     """
     for part in _parts(optimizer):
         if hasattr(part, "_set_main_param_and_optimizer_states"):
             _tolerate_missing_step(part)
-    with torch.no_grad():
-        optimizer.load_state_dict(state)
+    try:
+        with torch.no_grad():
+            optimizer.load_state_dict(state)
+    except KeyError as error:
+        raise ConfigError(
+            f"the optimizer's state has other groups of parameters (no {error}), as with another "
+            "expert_model_parallel_size: checkpoint.no_load_optim = true starts a new one"
+        ) from error
     for inner in _torch_optimizers(optimizer):
         for group in inner.param_groups:
             for parameter in group["params"]:

@@ -250,14 +250,20 @@ class Trainer:
             )
         return self._agree(losses)[0]
 
-    def _forward_step(self, data: Iterator[Batch] | None, model: nn.Module) -> tuple[Any, Any]:
-        """A micro batch, in the form that Megatron-Core's schedules call."""
+    def _forward_step(
+        self, data: Iterator[Batch] | None, model: nn.Module, return_schedule_plan: bool = False
+    ) -> tuple[Any, Any]:
+        """A micro batch, in the form that Megatron-Core's schedules call.
+
+        The one that overlaps transfers with other micro batches takes a plan in place of results.
+        """
         gpt = unwrap(model)
         batch: Batch = {}
         if data is not None and (gpt.pre_process or gpt.mtp_process or gpt.post_process):
             batch = next(data)
             batch = _slice_for_context_parallel(batch)
-        output = model(
+        forward = gpt.build_schedule_plan if return_schedule_plan else model
+        output = forward(
             batch.get("tokens"),
             batch.get("position_ids"),
             batch.get("attention_mask"),

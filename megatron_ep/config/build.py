@@ -56,8 +56,6 @@ def transformer_config(config: Config, *, use_te: bool) -> Any:
     }
     if config.parallelism.virtual_pipeline_model_parallel_size:
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-    for name in config.transformer.keys() - fields:
-        raise ConfigError(f"{name} needs multi_latent_attention = true")
     try:
         return target(**settings | config.transformer)
     except (AssertionError, ValueError) as error:

@@ -62,6 +62,15 @@ def megatron_fields() -> dict[str, Any]:
     return fields
 
 
+@functools.cache
+def latent_attention_fields() -> set[str]:
+    """Those that only multi_latent_attention has."""
+    known = megatron_fields()
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return known.keys() - {field.name for field in dataclasses.fields(TransformerConfig)}
+
+
 def _has_callable(annotation: Any) -> bool:
     if annotation in (Callable, typing.Callable, typing.ContextManager):
         return True

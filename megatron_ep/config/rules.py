@@ -6,11 +6,9 @@ import re
 from collections.abc import Iterator
 
 from megatron_ep.config.errors import ConfigError
+from megatron_ep.config.fields import latent_attention_fields
 from megatron_ep.config.layout import pipeline_layout
 from megatron_ep.config.schema import Config
-
-FP8_GROUP = 128
-"""Channels of a scale; as fp8_rows.py, which needs torch."""
 
 
 def check_rules(config: Config) -> list[str]:
@@ -79,9 +77,6 @@ def _ep_rules(config: Config) -> Iterator[str]:
         )
     if has_capacity and not is_ours:
         yield "ep.capacity_factor needs moe.moe_token_dispatcher_type = deepep"
-    width = config.transformer.get("moe_latent_size") or config.model.hidden_size
-    if is_ours and config.ep.fp8_dispatch and width % FP8_GROUP:
-        yield f"ep.fp8_dispatch needs rows of whole groups of {FP8_GROUP} channels, not of {width}"
     uses_torch = experts == "torch" or has_capacity
     if config.ep.overlap_weight_gradients and not (is_ours and uses_torch):
         yield (
@@ -90,6 +85,22 @@ def _ep_rules(config: Config) -> Iterator[str]:
         )
     if is_ours and uses_torch and config.model.add_bias_linear:
         yield "moe.moe_experts = torch has no biases: model.add_bias_linear must be off"
+
+    if is_ours and config.ep.fp8_dispatch:
+        yield from _fp8_dispatch_rules(config)
+
+
+def _fp8_dispatch_rules(config: Config) -> Iterator[str]:
+    from megatron_ep.fp8_rows import SCALE_GROUP
+
+    name, hidden = "model.hidden_size", config.model.hidden_size
+    if latent := config.transformer.get("moe_latent_size"):
+        name, hidden = "transformer.moe_latent_size", latent
+    if hidden % SCALE_GROUP:
+        yield (
+            f"ep.fp8_dispatch needs rows of whole groups of {SCALE_GROUP} channels, "
+            f"{name} = {hidden}"
+        )
 
 
 def _expert_tp_hint(config: Config) -> str:
@@ -100,6 +111,10 @@ def _expert_tp_hint(config: Config) -> str:
 
 def _model_rules(config: Config) -> Iterator[str]:
     model, sizes = config.model, config.parallelism
+    if not config.transformer.get("multi_latent_attention", False):
+        for name in sorted(latent_attention_fields() & config.transformer.keys()):
+            value = config.transformer[name]
+            yield f"transformer.{name} = {value!r} needs multi_latent_attention = true"
     if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
         yield (
             f"model.hidden_size = {model.hidden_size} is not divisible by num_attention_heads = "
@@ -242,18 +257,21 @@ def _training_rules(config: Config) -> Iterator[str]:
             yield "parallelism.overlap_param_gather needs overlap_grad_reduce"
     if config.parallelism.use_distributed_optimizer and optimizer.optimizer != "adam":
         yield "parallelism.use_distributed_optimizer needs optimizer.optimizer = 'adam'"
+    if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?){0,2}", config.data.split):
+        yield f"data.split = {config.data.split!r} is not like '95,5,0': training, validation, test"
+    elif not any(map(float, config.data.split.split(","))):
+        yield f"data.split = {config.data.split!r}: every share is 0"
+    is_huggingface = config.tokenizer.tokenizer_type == "huggingface"
+    if is_huggingface and config.tokenizer.tokenizer_model is None:
+        yield "tokenizer.tokenizer_type = 'huggingface' needs tokenizer_model"
 
 
 def _data_rules(config: Config) -> Iterator[str]:
-    data, model = config.data, config.model
-    if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?){0,2}", data.split):
-        yield f"data.split = {data.split!r} is not like '95,5,0': training, validation, test"
-    elif float(data.split.partition(",")[0]) == 0:
-        yield f"data.split = {data.split!r} leaves no training data"
-    if data.reset_position_ids and model.position_embedding_type != "learned_absolute":
+    data, positions = config.data, config.model.position_embedding_type
+    if data.reset_position_ids and positions != "learned_absolute":
         yield (
             "data.reset_position_ids needs model.position_embedding_type = learned_absolute: "
-            f"{model.position_embedding_type} takes no positions from the data"
+            f"{positions} takes no positions from the data"
         )
     stages = config.parallelism.pipeline_model_parallel_size
     if data.reset_attention_mask and stages > 2:
@@ -261,9 +279,6 @@ def _data_rules(config: Config) -> Iterator[str]:
             "data.reset_attention_mask needs parallelism.pipeline_model_parallel_size <= 2, not "
             f"{stages}: stages between the first and the last read no data"
         )
-    is_huggingface = config.tokenizer.tokenizer_type == "huggingface"
-    if is_huggingface and config.tokenizer.tokenizer_model is None:
-        yield "tokenizer.tokenizer_type = 'huggingface' needs tokenizer_model"
 
 
 def _checkpoint_rules(config: Config) -> Iterator[str]:

@@ -71,7 +71,7 @@ class ModelSection(Section):
     max_position_embeddings: PositiveInt | None = None
     """Longest sequence the model can take; seq_length if not given."""
     position_embedding_type: Literal["learned_absolute", "rope", "none"] = "rope"
-    """How positions are encoded."""
+    """How positions are encoded; YaRN is the rope_type of multi_latent_attention."""
     rotary_base: PositiveInt = 10000
     """Base of the rotary embedding."""
     rotary_percent: float = Field(default=1.0, gt=0, le=1)

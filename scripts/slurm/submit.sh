@@ -18,7 +18,8 @@ the virtual environment or container.
   --network TYPE     ib (default), roce, efa or tcp: what connects the nodes
   --interface NAME   network interface for set-up traffic, such as eth0
   --venv DIR         virtual environment (default: .venv of the checkout); none takes python from PATH
-  --container IMAGE  image for srun --container-image, in place of the virtual environment
+  --container IMAGE  image for srun --container-image, in place of the virtual environment; where
+                     python3 here lacks the packages, a short job checks in the container
   --sbatch OPTION    a further option for sbatch; may be repeated
   --dry-run          check and print the command, submit nothing
   --help             this text
@@ -32,7 +33,7 @@ TEXT
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 network=ib interface="" venv=$root/.venv container="" partition=""
 dry_run=no config=""
-sbatch_options=() flags=() problems=()
+sbatch_options=() check_options=() flags=() problems=()
 
 die() {
   printf 'submit.sh: %s\n' "$*" >&2
@@ -73,8 +74,13 @@ take_value() {
     --partition)
       partition=$2
       sbatch_options+=("--partition=$2")
+      check_options+=("--partition=$2")
       ;;
-    --account | --time) sbatch_options+=("$1=$2") ;;
+    --account)
+      sbatch_options+=("$1=$2")
+      check_options+=("$1=$2")
+      ;;
+    --time) sbatch_options+=("$1=$2") ;;
     --nodes) flags+=(--num-nodes "$2") ;;
     --network) network=$2 ;;
     --interface) interface=$2 ;;
@@ -103,19 +109,32 @@ choose_python() {
   fi
 }
 
+has_packages() {
+  "$python" -c 'import sys
+from importlib.util import find_spec
+sys.exit(not all(map(find_spec, ("torch", "megatron", "pydantic", "yaml"))))' 2>/dev/null
+}
+
+# megatron_ep.check; in the container, on a node, where only that has the packages.
+run_check() {
+  local words=(-m megatron_ep.check --shell --config "$config" "${flags[@]}")
+  if [ -z "$container" ] || has_packages; then
+    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" "${words[@]}"
+    return
+  fi
+  PYTHONPATH=$root srun --nodes=1 --ntasks=1 --time=10 "${check_options[@]}" \
+    --container-image="$container" --container-workdir="$PWD" \
+    --container-mounts="$root:$root,$PWD:$PWD${EP_MOUNTS:+,$EP_MOUNTS}" python "${words[@]}"
+}
+
 # What megatron_ep.check --shell assigns.
 num_nodes="" ranks_per_node="" uses_gpus=yes train_iters="" saved_iteration=""
 
 check_config() {
   local assignments messages
   messages=$(mktemp)
-  if assignments=$(PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" -m megatron_ep.check \
-    --shell --config "$config" "${flags[@]}" 2>"$messages"); then
+  if assignments=$(run_check 2>"$messages"); then
     eval "$assignments"
-  elif grep -q '^ModuleNotFoundError' "$messages"; then
-    problem "$(type -p "$python"), with which the configuration is checked here:" \
-      "$(grep -m 1 '^ModuleNotFoundError' "$messages" | cut -d' ' -f2-); the image of --container is not" \
-      "looked into, so a python that has megatron_ep's packages has to be first on PATH"
   else
     while IFS= read -r line; do problem "$line"; done <"$messages"
   fi

@@ -22,6 +22,8 @@ def call(main, *arguments, environment=None):
     The environment is what torchrun would set; nothing for one rank.
     """
     import_megatron()
+    from megatron.core.transformer.moe import moe_utils
+
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         os.environ.pop(name, None)
     os.environ.update({name: str(value) for name, value in (environment or {}).items()})
@@ -29,6 +31,7 @@ def call(main, *arguments, environment=None):
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         status = main([str(argument) for argument in arguments])
     logging.getLogger("megatron_ep").handlers.clear()
+    moe_utils.get_moe_layer_wise_logging_tracker().clear()  # of so many layers
     remove_compiler_folder()
     return status, printed.getvalue()
 

@@ -154,7 +154,6 @@ def test_all_errors_are_reported_at_once():
             },
             "moe.moe_experts = torch needs moe.moe_token_dispatcher_type = deepep",
         ),
-        ({"data": {"split": "0,0,0"}}, "data.split = '0,0,0' leaves no training data"),
         (
             {"data": {"reset_position_ids": True}},
             "data.reset_position_ids needs model.position_embedding_type = learned_absolute",
@@ -166,10 +165,6 @@ def test_all_errors_are_reported_at_once():
                 "parallelism": {"pipeline_model_parallel_size": 3},
             },
             "data.reset_attention_mask needs parallelism.pipeline_model_parallel_size <= 2, not 3",
-        ),
-        (
-            {"model": {"hidden_size": 64}, "moe": {"num_experts": 4}, "ep": {"fp8_dispatch": True}},
-            "ep.fp8_dispatch needs rows of whole groups of 128 channels, not of 64",
         ),
         (
             {
@@ -239,6 +234,19 @@ def test_all_errors_are_reported_at_once():
         (
             {"lr_schedule": {"lr_warmup_init": 2e-3}},
             "lr_schedule.lr_warmup_init = 0.002 is more than optimizer.lr = 0.001",
+        ),
+        ({"data": {"split": "0,0.0,0"}}, "data.split = '0,0.0,0': every share is 0"),
+        (
+            {"model": {"q_lora_rank": 16}},
+            "transformer.q_lora_rank = 16 needs multi_latent_attention = true",
+        ),
+        (
+            {"model": {"hidden_size": 64}, "moe": {"num_experts": 4}, "ep": {"fp8_dispatch": True}},
+            "ep.fp8_dispatch needs rows of whole groups of 128 channels, model.hidden_size = 64",
+        ),
+        (
+            {"model": {"position_embedding_type": "yarn"}},
+            "model.position_embedding_type: Input should be 'learned_absolute', 'rope' or 'none'",
         ),
         ({"checkpoint": {"finetune": True}}, "checkpoint.finetune needs checkpoint.load"),
         (
@@ -319,14 +327,6 @@ def test_what_megatron_itself_refuses_is_an_error_of_the_configuration():
 @pytest.mark.parametrize(("flag", "value"), [("--no-load-rng", True), ("--load-rng", False)])
 def test_flags_that_begin_with_no_are_no_opposites(flag, value):
     assert config_from_arguments([flag], program="test").checkpoint.no_load_rng is value
-
-
-def test_settings_of_latent_attention_need_it():
-    from megatron_ep.config.build import transformer_config
-
-    config = make_config({"model": {"q_lora_rank": 8}})
-    with pytest.raises(ConfigError, match="q_lora_rank needs multi_latent_attention = true"):
-        transformer_config(config, use_te=False)
 
 
 def test_settings_reach_the_fields_of_megatron():

@@ -17,18 +17,6 @@ def test_a_run_that_stopped_goes_on_where_it_was(programs, corpus, tmp_path):
     assert train(programs, corpus, tmp_path / "halves") == whole
 
 
-def test_fewer_ranks_need_flags_that_are_named(programs, on_one_rank, corpus, tmp_path):
-    train(programs, corpus, tmp_path / "two", "--exit-interval", 2)
-    flags = ["--load", tmp_path / "two", "--override-opt-param-scheduler"]
-    without_rng = [*flags, "--no-load-rng"]
-    cases = [flags, without_rng, [*without_rng, "--no-load-optim"]]
-    first, second, third = on_one_rank(single_rank.try_to_train, corpus, tmp_path, cases)
-    assert "does not fit this model or number of ranks" in first[1]
-    assert "checkpoint.no_load_rng starts random states anew" in first[1]
-    assert "checkpoint.no_load_optim starts it anew" in second[1]
-    assert [status for status, _ in (first, second, third)] == [2, 2, 0], third[1]
-
-
 @pytest.mark.parametrize(
     ("before", "after", "shared"),
     [
@@ -97,6 +85,21 @@ def test_a_run_that_began_elsewhere_goes_on_from_its_own_checkpoints(on_one_rank
     for name, (_, printed) in zip(starts, results[2::3]):
         assert f"{tmp_path / name} has checkpoints of this run" in printed
         assert runs.numbers(tmp_path / name) == runs.numbers(tmp_path / f"whole {name}")
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(train_on_ranks, on_one_rank, corpus, tmp_path):
+    flags = ["--global-batch-size", 8, "--hidden-dropout", 0]
+    ((status, printed),) = train_on_ranks(4, {"four": [*flags, "--save-interval", 4]}).values()
+    assert status == 0, printed
+    begin = [*flags, "--load", tmp_path / "four", "--ckpt-step", 4, "--no-save-at-end"]
+    ((status, printed),) = train_on_ranks(2, {"two": begin}).values()
+    assert status == 0, printed
+    assert "iter_0000004 has random states of 4 ranks, not 2" in printed
+    assert runs.losses(tmp_path / "two") == pytest.approx(runs.losses(tmp_path / "four")[4:])
+    results = on_one_rank(single_rank.try_to_train, corpus, tmp_path, [begin])
+    ((status, printed),) = results
+    assert status == 2, printed
+    assert "as with another expert_model_parallel_size: checkpoint.no_load_optim" in printed
 
 
 LONGER = ["--train-iters", 12]

@@ -14,6 +14,7 @@ STANDINS = {
     "python": """
 case "$*" in
   *megatron_ep.check*) echo "$CHECK_OUTPUT"; exit "${CHECK_STATUS:-0}" ;;
+  *find_spec*) exit "${LACKS_PACKAGES:-0}" ;;
 esac""",
     "srun": "[ ! -f training.sh ] || . ./training.sh",
     "scontrol": "case $1 in show) echo node0 ;; esac",
@@ -243,15 +244,20 @@ def test_submit_passes_on_why_a_configuration_cannot_run(job):
     assert "  data.data_path: no file data/x.bin" in output
 
 
-def test_submit_says_which_python_lacks_a_package(job):
-    body = "#!/bin/bash\necho \"ModuleNotFoundError: No module named 'megatron'\" >&2\nexit 1\n"
-    for name in ("python", "python3"):
-        (job.directory / "bin" / name).write_text(body)
-        (job.directory / "bin" / name).chmod(0o755)
-    status, output = submit(job, "--container", "registry#image:1", "run.yaml")
+def test_submit_checks_in_the_container_what_the_login_node_cannot(job):
+    options = ["--partition", "test", "--container", "registry#image:1", "run.yaml"]
+    assert submit(job, *options)[0] == 0
+    assert "srun" not in job.calls
+    job.trains('echo "$CHECK_OUTPUT"')
+    status, output = submit(job, *options, LACKS_PACKAGES="1", CHECK_STATUS="1")
+    assert status == 0, output
+    (call,) = (line for line in job.calls.splitlines() if line.startswith("srun"))
+    assert "--partition=test --container-image=registry#image:1" in call
+    assert f"python -m megatron_ep.check --shell --config {job.directory}/run.yaml" in call
+    job.trains("echo 'data.data_path: no file data/x.bin' >&2; exit 2")
+    status, output = submit(job, *options, LACKS_PACKAGES="1")
     assert status == 2
-    assert "bin/python3, with which the configuration is checked here: No module" in output
-    assert "first on PATH" in output
+    assert "  data.data_path: no file data/x.bin" in output
 
 
 def test_submit_needs_a_login_node(job):
