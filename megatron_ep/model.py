@@ -83,6 +83,11 @@ def build_model(
     use_te = uses_transformer_engine(config)
     if not use_te and config.moe.moe_experts == "te":
         raise ConfigError("moe.moe_experts = 'te' needs model.transformer_impl other than 'local'")
+    if use_te and config.data.reset_attention_mask:
+        raise ConfigError(
+            "data.reset_attention_mask = True: Transformer Engine's causal attention takes no mask; "
+            "model.transformer_impl = 'local' does"
+        )
     core_config = transformer_config(config, use_te=use_te)
     num_chunks = config.parallelism.virtual_pipeline_model_parallel_size
     stages = range(num_chunks) if num_chunks else [None]

@@ -255,6 +255,14 @@ def _training_rules(config: Config) -> Iterator[str]:
         yield f"data.split = {config.data.split!r} is not like '95,5,0': training, validation, test"
     elif not any(map(float, config.data.split.split(","))):
         yield f"data.split = {config.data.split!r}: every share is 0"
+    kind = config.model.position_embedding_type
+    if config.data.reset_position_ids and kind != "learned_absolute":
+        yield (
+            f"data.reset_position_ids = True, model.position_embedding_type = {kind!r}: only "
+            "'learned_absolute' looks at these positions"
+        )
+    if config.data.reset_attention_mask and config.transformer.get("masked_softmax_fusion"):
+        yield "data.reset_attention_mask: masked_softmax_fusion = True would look at no mask"
     is_huggingface = config.tokenizer.tokenizer_type == "huggingface"
     if is_huggingface and config.tokenizer.tokenizer_model is None:
         yield "tokenizer.tokenizer_type = 'huggingface' needs tokenizer_model"

@@ -266,9 +266,9 @@ class DataSection(Section):
     num_workers: NonNegativeInt = 0
     """Processes that load data; 0 loads in the training process."""
     reset_position_ids: bool = False
-    """Count positions from the start of each document."""
+    """Count learned positions from the start of each document."""
     reset_attention_mask: bool = False
-    """Hide earlier documents of the same sequence."""
+    """Hide earlier documents of the same sequence; with Megatron-Core's own layers."""
     eod_mask_loss: bool = False
     """No loss on end-of-document tokens."""
     num_dataset_builder_threads: PositiveInt = 1

@@ -224,6 +224,10 @@ def test_all_errors_are_reported_at_once():
             {"model": {"position_embedding_type": "yarn"}},
             "model.position_embedding_type: Input should be 'learned_absolute', 'rope' or 'none'",
         ),
+        (
+            {"data": {"reset_position_ids": True}},
+            "data.reset_position_ids = True, model.position_embedding_type = 'rope': only",
+        ),
         ({"checkpoint": {"finetune": True}}, "checkpoint.finetune needs checkpoint.load"),
         (
             {"checkpoint": {"save": "run", "load": "./run", "finetune": True}},
