@@ -259,7 +259,8 @@ class Trainer:
         """
         gpt = unwrap(model)
         batch: Batch = {}
-        if data is not None and (gpt.pre_process or gpt.mtp_process or gpt.post_process):
+        reads = gpt.pre_process or gpt.mtp_process or gpt.post_process
+        if data is not None and (reads or self.config.data.reset_attention_mask):
             batch = next(data)
             batch = _slice_for_context_parallel(batch)
         forward = gpt.build_schedule_plan if return_schedule_plan else model

@@ -54,6 +54,8 @@ def transformer_config(config: Config, *, use_te: bool) -> Any:
         "fp16": dtype is torch.float16,
         "transformer_impl": "transformer_engine" if use_te else "local",
     }
+    if config.data.reset_attention_mask:
+        settings["masked_softmax_fusion"] = False  # its kernel looks at no mask
     if config.parallelism.virtual_pipeline_model_parallel_size:
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     try:

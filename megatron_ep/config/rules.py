@@ -19,7 +19,6 @@ def check_rules(config: Config) -> list[str]:
         *_cuda_graph_rules(config),
         *_moe_rules(config),
         *_training_rules(config),
-        *_data_rules(config),
         *_checkpoint_rules(config),
         *_ep_rules(config),
     ]
@@ -261,24 +260,17 @@ def _training_rules(config: Config) -> Iterator[str]:
         yield f"data.split = {config.data.split!r} is not like '95,5,0': training, validation, test"
     elif not any(map(float, config.data.split.split(","))):
         yield f"data.split = {config.data.split!r}: every share is 0"
+    kind = config.model.position_embedding_type
+    if config.data.reset_position_ids and kind != "learned_absolute":
+        yield (
+            f"data.reset_position_ids = True, model.position_embedding_type = {kind!r}: only "
+            "'learned_absolute' looks at these positions"
+        )
+    if config.data.reset_attention_mask and config.transformer.get("masked_softmax_fusion"):
+        yield "data.reset_attention_mask: masked_softmax_fusion = True would look at no mask"
     is_huggingface = config.tokenizer.tokenizer_type == "huggingface"
     if is_huggingface and config.tokenizer.tokenizer_model is None:
         yield "tokenizer.tokenizer_type = 'huggingface' needs tokenizer_model"
-
-
-def _data_rules(config: Config) -> Iterator[str]:
-    data, positions = config.data, config.model.position_embedding_type
-    if data.reset_position_ids and positions != "learned_absolute":
-        yield (
-            "data.reset_position_ids needs model.position_embedding_type = learned_absolute: "
-            f"{positions} takes no positions from the data"
-        )
-    stages = config.parallelism.pipeline_model_parallel_size
-    if data.reset_attention_mask and stages > 2:
-        yield (
-            "data.reset_attention_mask needs parallelism.pipeline_model_parallel_size <= 2, not "
-            f"{stages}: stages between the first and the last read no data"
-        )
 
 
 def _checkpoint_rules(config: Config) -> Iterator[str]:

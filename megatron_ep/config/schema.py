@@ -268,7 +268,7 @@ class DataSection(Section):
     reset_position_ids: bool = False
     """Count learned positions from the start of each document."""
     reset_attention_mask: bool = False
-    """Hide earlier documents of the same sequence; with local layers and at most two stages."""
+    """Hide earlier documents of the same sequence; with Megatron-Core's own layers."""
     eod_mask_loss: bool = False
     """No loss on end-of-document tokens."""
     num_dataset_builder_threads: PositiveInt = 1

@@ -155,18 +155,6 @@ def test_all_errors_are_reported_at_once():
             "moe.moe_experts = torch needs moe.moe_token_dispatcher_type = deepep",
         ),
         (
-            {"data": {"reset_position_ids": True}},
-            "data.reset_position_ids needs model.position_embedding_type = learned_absolute",
-        ),
-        (
-            {
-                "data": {"reset_attention_mask": True},
-                "model": {"num_layers": 3},
-                "parallelism": {"pipeline_model_parallel_size": 3},
-            },
-            "data.reset_attention_mask needs parallelism.pipeline_model_parallel_size <= 2, not 3",
-        ),
-        (
             {
                 "model": {"num_layers": 3, "account_for_embedding_in_pipeline_split": False},
                 "parallelism": {"pipeline_model_parallel_size": 2},
@@ -247,6 +235,10 @@ def test_all_errors_are_reported_at_once():
         (
             {"model": {"position_embedding_type": "yarn"}},
             "model.position_embedding_type: Input should be 'learned_absolute', 'rope' or 'none'",
+        ),
+        (
+            {"data": {"reset_position_ids": True}},
+            "data.reset_position_ids = True, model.position_embedding_type = 'rope': only",
         ),
         ({"checkpoint": {"finetune": True}}, "checkpoint.finetune needs checkpoint.load"),
         (

@@ -1,10 +1,14 @@
 """A pipeline of stages trains like a model in one piece, wherever its layers are."""
 
+import json
+
 import pytest
 import training_runs as runs
 
 from megatron_ep.config import ConfigError, make_config
+from megatron_ep.preprocess import write_dataset
 from megatron_ep.ranks import embedding_ranks
+from megatron_ep.tokenizer import ByteTokenizer
 
 ONE_PIECE = [
     *("--expert-model-parallel-size", 1, "--global-batch-size", 8, "--mtp-num-layers", 1),
@@ -52,6 +56,34 @@ def test_multi_token_prediction_trains_alike_in_every_layout(train_on_ranks, tmp
         assert status == 0, printed
     for name, judge in judges.items():
         assert_alike(tmp_path / name, tmp_path / judge)
+
+
+@pytest.fixture
+def short_documents(tmp_path, megatron_here):
+    """Prefix of a data set with several documents in each sequence."""
+    source = tmp_path / "short.jsonl"
+    words = (f"{i * 7919 % 1000}" for i in range(3000))
+    source.write_text("".join(json.dumps({"text": word}) + "\n" for word in words))
+    write_dataset([source], tmp_path / "short", ByteTokenizer())
+    return tmp_path / "short"
+
+
+def test_every_stage_hides_earlier_documents(train_on_ranks, short_documents, tmp_path):
+    start = [*ONE_PIECE, "--mtp-num-layers", "none", "--data-path", short_documents]
+    start += ["--num-layers", 4, "--moe-layer-freq", 1, "--train-iters", 2]
+    again = [*start, "--load", tmp_path / "start", "--finetune", "--reset-attention-mask"]
+    cases = {
+        "start": start,
+        "seen": [*again, "--no-reset-attention-mask"],
+        "in one piece": again,
+        "in a pipeline": [*again, "--pipeline-model-parallel-size", 4],
+    }
+    for status, printed in train_on_ranks(4, cases).values():
+        assert status == 0, printed
+    assert_alike(tmp_path / "in a pipeline", tmp_path / "in one piece")
+    assert runs.losses(tmp_path / "seen")[0] != pytest.approx(
+        runs.losses(tmp_path / "in one piece")[0], rel=1e-3
+    )
 
 
 PREDICTS = {"mtp_num_layers": 1}
