@@ -192,8 +192,8 @@ def _fits_ranks(path: Path) -> bool:
     """Whether the checkpoint has a random state for each rank; warns if not."""
     from megatron.core import dist_checkpointing
 
-    saved = dist_checkpointing.load_common_state_dict(str(path))["num_ranks"]
     own = torch.distributed.get_world_size()
+    saved = dist_checkpointing.load_common_state_dict(str(path)).get("num_ranks", own)
     if saved != own:
         logger.warning(
             "%s has random states of %d ranks, not %d: dropout goes on from training.seed "

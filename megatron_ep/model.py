@@ -85,8 +85,8 @@ def build_model(
         raise ConfigError("moe.moe_experts = 'te' needs model.transformer_impl other than 'local'")
     if use_te and config.data.reset_attention_mask:
         raise ConfigError(
-            "data.reset_attention_mask = True: Transformer Engine's causal attention takes no mask; "
-            "model.transformer_impl = 'local' does"
+            "data.reset_attention_mask = True: Transformer Engine's causal attention takes no "
+            "mask; model.transformer_impl = 'local' does"
         )
     core_config = transformer_config(config, use_te=use_te)
     num_chunks = config.parallelism.virtual_pipeline_model_parallel_size
