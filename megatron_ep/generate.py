@@ -10,6 +10,7 @@ Flags of megatron_ep.pretrain override settings.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
@@ -171,11 +172,14 @@ def config_of_checkpoint(load: str, step: int | None, overrides: dict[str, Any])
             "overlap_grad_reduce": False,
             "overlap_param_gather": False,
         },
+        # Multi-token prediction is for training: with it the model gives a loss, and no logits.
+        "transformer": {"mtp_num_layers": None, "pipeline_model_parallel_layout": None},
     }
-    config = load_config(path, _merge(overrides, fixed))
-    if check_world_size(config, _world_size()):
-        config = load_config(path, _merge(_fit_ranks(config), overrides, fixed))
-    return config
+    with contextlib.suppress(ConfigError):  # the stages are no longer those of the layout
+        config = load_config(path, _merge(overrides, fixed))
+        if not check_world_size(config, _world_size()):
+            return config
+    return load_config(path, _merge(_fit_ranks(load_config(path)), overrides, fixed))
 
 
 def _world_size() -> int:
@@ -194,7 +198,13 @@ def _fit_ranks(config: Config) -> dict[str, Any]:
             "expert_model_parallel_size": num_ranks if can_divide else 1,
             "expert_tensor_parallel_size": 1,
             "sequence_parallel": None,
-        }
+        },
+        "transformer": {
+            "num_layers_in_first_pipeline_stage": None,
+            "num_layers_in_last_pipeline_stage": None,
+            "account_for_embedding_in_pipeline_split": False,
+            "account_for_loss_in_pipeline_split": False,
+        },
     }
 
 

@@ -25,6 +25,7 @@ def pipeline_layout(config: Config) -> Any:
     given = config.transformer.get(NAME)
     if given is None:
         return None
+    from megatron.core.transformer.enums import LayerType
     from megatron.core.transformer.pipeline_parallel_layer_layout import (
         PipelineParallelLayerLayout,
     )
@@ -44,5 +45,10 @@ def pipeline_layout(config: Config) -> Any:
             f"{sizes.pipeline_model_parallel_size} stages, "
             "parallelism.virtual_pipeline_model_parallel_size = "
             f"{sizes.virtual_pipeline_model_parallel_size}"
+        )
+    if sizes.pipeline_model_parallel_size > 1 and LayerType.mtp in sum(layout.layout[0], []):
+        raise ConfigError(
+            f"transformer.{NAME} = {given!r}: layers of multi-token prediction (m) cannot be in "
+            "the first stage, which has the embedding itself"
         )
     return layout

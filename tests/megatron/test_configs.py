@@ -17,6 +17,7 @@ from megatron_ep.config import (
 from megatron_ep.config.build import ddp_config, optimizer_config, transformer_config
 from megatron_ep.config.schema import TokenizerSection
 from megatron_ep.parameters import count_parameters
+from megatron_ep.ranks import embedding_ranks
 from megatron_ep.tokenizer import make_tokenizer, model_vocab_size
 
 CONFIGS = sorted(Path(__file__).resolve().parents[2].glob("configs/*.yaml"))
@@ -82,6 +83,11 @@ def test_every_stage_of_a_pipeline_has_layers(name):
     num_layers += core.account_for_embedding_in_pipeline_split
     num_layers += core.account_for_loss_in_pipeline_split
     assert num_layers % (stages * chunks) == 0
+
+
+def test_the_prediction_of_deepseek_v3_shares_the_embedding_of_the_first_stage():
+    config = load_config(next(path for path in CONFIGS if path.stem == "deepseek_v3"))
+    assert embedding_ranks(config, list(range(8))) == [0, 6]
 
 
 @pytest.mark.parametrize("num_ranks", [1], ids=[""])

@@ -68,6 +68,19 @@ def test_what_cannot_be_generated_is_said(on_one_rank, trained, tmp_path):
         assert f"error: {message}" in output.replace(f"{trained}/iter_0000060 ", "")
 
 
+def test_prediction_of_further_tokens_and_a_layout_are_left_to_training(
+    train_on_ranks, on_one_rank, tmp_path
+):
+    flags = ["--pipeline-model-parallel-size", 2, "--pipeline-model-parallel-layout", "Et|tmL"]
+    flags += ["--expert-model-parallel-size", 1, "--mtp-num-layers", 1, "--eval-interval", "none"]
+    ((status, printed),) = train_on_ranks(2, {"run": [*flags, "--global-batch-size", 8]}).values()
+    assert status == 0, printed
+    prompt = ["--load", tmp_path / "run", "--prompt", "the ", "--num-tokens", 3]
+    ((status, printed),) = on_one_rank(single_rank.generate_texts, [prompt])
+    assert status == 0, printed
+    assert printed.startswith("the ")
+
+
 LOGITS = torch.tensor([1.0, 3.0, 2.0, -50.0])
 
 

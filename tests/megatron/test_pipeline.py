@@ -124,6 +124,12 @@ def test_every_stage_that_embeds_tokens_takes_part_in_the_sum_of_gradients(
         (layout("Et|t|L"), r"layout = 'Et\|t\|L': .*must be divisible by .*size"),
         (layout("Et|tt|m|L"), r"layout = 'Et\|tt\|m\|L': Number of decoder layers 3"),
         (layout("Et|t||L"), r"layout = 'Et\|t\|\|L': Number of mtp layers"),
+        (
+            layout(
+                "Et|t|m|L", pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2
+            ),
+            r"layout = 'Et\|t\|m\|L': layers of multi-token prediction .* first stage",
+        ),
         (layout("E|t||t||m||L"), "has 2 chunks for each of 4 stages, .*size = None"),
     ],
 )
