@@ -464,7 +464,7 @@ def _make_region(
 
 
 @atexit.register
-def _destroy_open_buffers() -> None:
+def destroy_open_buffers() -> None:
     """A rank that ends in good order tells its peers so."""
     for buffer in list(_open_buffers):
         buffer.destroy()

@@ -21,11 +21,12 @@ import torch
 
 from ep_kernels import _native, env
 from ep_kernels._native_nvshmem import NvshmemLlConfig, nvshmem_ll_library
+from ep_kernels.bootstrap import make_on_all
 from ep_kernels.cuda_backend import RawMemory, device_id
 from ep_kernels.cuda_ll import CudaLlCalls
 from ep_kernels.errors import EPConfigError, EPDeviceError, EPError, EPTimeoutError
 from ep_kernels.nvshmem import HEAP_EXTRA_BYTES
-from ep_kernels.nvshmem_world import agree, attempt, device_index, join_world
+from ep_kernels.nvshmem_world import agree, attempt, device_index, is_usable, join_world
 
 if TYPE_CHECKING:
     from ep_kernels._native_ll import LlCombineArgs, LlDispatchArgs
@@ -99,7 +100,7 @@ class NvshmemLowLatency(CudaLlCalls):
         )
         self._memory, self._calls, self._give_back = memory, calls, give_back
         self._has_failed = False
-        calls.when_destroyed(self._close)
+        calls.when_destroyed(self.close)
 
     def dispatch(self, args: LlDispatchArgs, receive: int, *, keep: Any) -> tuple[int, int, Event]:
         with self._failing():
@@ -148,12 +149,13 @@ class NvshmemLowLatency(CudaLlCalls):
                 self._calls.lose(error)
             raise
 
-    def _close(self) -> None:
+    def close(self) -> None:
         """Tells the peers, who may be in a call that this rank will not make."""
         if self._low_latency is None:
             return
         try:
-            _native.call(self._library.ep_nvshmem_ll_memory_leave, self._memory.handle)
+            if is_usable():
+                _native.call(self._library.ep_nvshmem_ll_memory_leave, self._memory.handle)
         except EPError:
             self._has_failed = True
         self._delete()
@@ -206,21 +208,18 @@ def make_region_over_nvshmem(
         expert_rank=(c_int32 * len(experts))(*experts),
     )
     memory = _make_memory(bootstrap, config, settings.timeout_s, shares_gpu=shares_gpu)
-    region: NvshmemLowLatency | None = None
-    problem = None
-    try:
-        region = NvshmemLowLatency(
-            memory,
-            calls,
-            settings.low_latency_bytes,
-            max_num_sms=max_num_sms,
-            give_back=lambda is_usable: _note_unused(memory, is_usable=is_usable),
-        )
-    except EPConfigError as error:
-        problem = error
-    agree(bootstrap, problem, {})
-    assert region is not None
-    return region
+
+    def make() -> NvshmemLowLatency:
+        with _unused_on_error(memory):
+            return NvshmemLowLatency(
+                memory,
+                calls,
+                settings.low_latency_bytes,
+                max_num_sms=max_num_sms,
+                give_back=lambda is_usable: _note_unused(memory, is_usable=is_usable),
+            )
+
+    return make_on_all(bootstrap, make, NvshmemLowLatency.close)
 
 
 def _shares_gpu(bootstrap: Bootstrap, device: torch.device) -> bool:
@@ -263,19 +262,31 @@ def _make_memory(
     # are not zero yet.
     agree(bootstrap, problem, {})
     assert out.value is not None
-    if any(bootstrap.all_gather(num_far.value)):
-        both_bytes = heap_bytes_of(config.region_bytes)
-        agree(bootstrap, _growth_problem(both_bytes, shares_gpu=shares_gpu), {})
-        problem = attempt(
-            timeout_s,
-            "make memory for rows of far ranks",
-            "ep_nvshmem_ll_memory_add_far_rows",
-            out,
-            library=nvshmem_ll_library,
-        )
-        agree(bootstrap, problem, {})
     name = bootstrap.all_gather(uuid.uuid4().hex)[0]
-    return LlMemory(name, out.value, address.value, num_far.value)
+    memory = LlMemory(name, out.value, address.value, num_far.value)
+    if any(bootstrap.all_gather(num_far.value)):
+        with _unused_on_error(memory):
+            both_bytes = heap_bytes_of(config.region_bytes)
+            agree(bootstrap, _growth_problem(both_bytes, shares_gpu=shares_gpu), {})
+            problem = attempt(
+                timeout_s,
+                "make memory for rows of far ranks",
+                "ep_nvshmem_ll_memory_add_far_rows",
+                out,
+                library=nvshmem_ll_library,
+            )
+            agree(bootstrap, problem, {})
+    return memory
+
+
+@contextlib.contextmanager
+def _unused_on_error(memory: LlMemory) -> Iterator[None]:
+    """A buffer that cannot be made leaves the memory that was made for it to the next one."""
+    try:
+        yield
+    except (EPError, RuntimeError):
+        _note_unused(memory, is_usable=True)
+        raise
 
 
 def _note_unused(memory: LlMemory, *, is_usable: bool) -> None:

@@ -38,6 +38,9 @@ EXIT_S = 5.0
 _joined: list[str] | None = None
 """The processes that NVSHMEM connects with this one, by PE."""
 
+_stuck = ""
+"""Why nothing collective is possible in this process any more, or ""."""
+
 _own_process = ("", -1)
 
 
@@ -75,9 +78,20 @@ def leave(timeout_s: float) -> None:
 
 
 def _leave_at_exit() -> None:
-    """NVSHMEM has files in shared memory that it removes at its end."""
+    """NVSHMEM has files in shared memory that it removes at its end. Buffers that are still open
+    end before it, since they tell their peers through its memory."""
+    from ep_kernels.buffer import destroy_open_buffers
+
+    destroy_open_buffers()
+    if _stuck:
+        return
     with contextlib.suppress(EPError):
         leave(EXIT_S)
+
+
+def is_usable() -> bool:
+    """Whether kernels and collective calls of NVSHMEM can still end in this process."""
+    return _joined is not None and not _stuck
 
 
 def join_world(
@@ -124,6 +138,8 @@ def _problem(device: torch.device, processes: list[str]) -> EPError | None:
         return EPDeviceError(missing)
     if device.type != "cuda":
         return EPConfigError(f"device={str(device)!r} is not a GPU")
+    if _stuck:
+        return EPDeviceError(f"NVSHMEM is not usable in this process any more: {_stuck}")
     if _joined is not None and set(_joined) != set(processes):
         return EPConfigError(
             f"a group of {len(processes)} ranks: NVSHMEM has begun in this process for other "
@@ -168,11 +184,14 @@ def attempt(
     library: Callable[[], ctypes.CDLL] = nvshmem_library,
 ) -> EPError | None:
     """Calls a function of the C interface that other ranks call, too, and that may never return.
-    Returns its error."""
+    Returns its error; after that of a deadline NVSHMEM is not used any more, as the ranks may be
+    at different collective calls, and kernels of one may wait on the GPU for ever."""
+    global _stuck
     try:
         _within(timeout_s, lambda: call(getattr(library(), name), *arguments))
     except TimeoutError:
         text = f"waited {timeout_s:g} s for the other ranks to {what}"
+        _stuck = text
         return EPTimeoutError(text, phase="bootstrap")
     except EPError as error:
         return error.with_traceback(None)

@@ -28,7 +28,9 @@ __device__ void ll_send_far_rows(const LlShare<Format>& share, LlRanks peers) {
     const auto num_rows =
         static_cast<int32_t>(load_relaxed(ll_tagged_counts(g, share.number, rank, rank) + expert));
     if (num_rows == 0) continue;
-    const int32_t before = share.rows_before(expert, peers, deadline);
+    int32_t before = 0;  // found by one lane: each would look at the deadline itself
+    if (threadIdx.x % kWarpSize == 0) before = share.rows_before(expert, peers, deadline);
+    before = __shfl_sync(~0u, before, 0);
     if (before < 0) continue;  // the dispatch is given up
     const int num_local = g.num_local[owner], local = g.group.placement.local_of[expert];
     const LlHalfLayout half(sizes, g.group.num_ranks, num_local);

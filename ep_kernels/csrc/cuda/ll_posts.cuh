@@ -135,6 +135,7 @@ __device__ __forceinline__ bool ll_read_halves(const uint64_t* halves, uint64_t 
 __device__ __forceinline__ bool ll_read_post_word(const LlGroup& g, uint64_t number, int peer,
                                                   int word, uint64_t* value) {
   if (ll_has_posted_again(g, number, peer)) {
+    ll_take_arrival(g, peer, ll_flag(g, number, g.group.rank, peer));
     const auto* post = reinterpret_cast<const uint64_t*>(&ll_post(g, number, g.group.rank, peer));
     *value = load_flag(post + word);
     return true;

@@ -130,8 +130,11 @@ __device__ inline void ll_lose(const LlGroup& g, const TimeoutRecord& what, LlLo
   if (load_word(&told.failed) != 0 && what.peer != rank) timeout.peer = told.culprit;
   g.state->lost = timeout;
   g.state->loss = static_cast<int64_t>(loss);
-  for (int peer = 0; peer < g.group.num_ranks; ++peer)
-    ll_put_failure(g, peer, peer_line(g.group, peer, rank), timeout.peer, timeout.phase);
+  // Far ranks last: the way to one that is gone may be blocked until its network card gives up.
+  for (int is_far = 0; is_far < 2; ++is_far)
+    for (int peer = 0; peer < g.group.num_ranks; ++peer)
+      if (ll_is_far(g, peer) == (is_far != 0))
+        ll_put_failure(g, peer, peer_line(g.group, peer, rank), timeout.peer, timeout.phase);
 }
 
 __device__ __forceinline__ TimeoutRecord ll_timeout(const LlGroup& g, Phase phase, int peer,

@@ -154,9 +154,9 @@ __device__ inline bool receive_piece(const Channel& channel, int s, const Piece&
   const uint8_t* arrived = channel.slot_bytes(lane.layout.received, slot_here);
   __shared__ int is_expected;
   if (threadIdx.x == 0) {
-    // NOTE: ends at once, as the word has the value already; asked for the order that NVSHMEM gives
-    // to bytes which a network card wrote.
-    nvshmem_signal_wait_until(channel.word(s, n), NVSHMEM_CMP_GE, told_of(n));
+    // NOTE: the word has the value already. NVSHMEM's test of it gives the order of bytes which a
+    // network card wrote; its wait for a signal does not.
+    nvshmem_uint64_test(channel.word(s, n), NVSHMEM_CMP_GE, told_of(n));
     load_flag(channel.word(s, n));
     const longlong2 header = __ldcg(reinterpret_cast<const longlong2*>(arrived));
     is_expected = header.x == piece.layout.num_bytes && header.y == piece.num_tokens;

@@ -45,25 +45,27 @@ LlMemory::LlMemory(const Config& config) : config_(config) {
   cuda::DeviceGuard guard(config.device);
   const ControlLayout control(num_ranks, num_experts);
   const int64_t region_bytes = align_up(config.region_bytes, static_cast<int64_t>(kLlAlignment));
-  memory_ = allocate(static_cast<int64_t>(control.num_bytes) + region_bytes);
-  const LlControlLayout words(num_ranks, num_experts);
-  const int64_t zeroed = static_cast<int64_t>(control.num_bytes) +
-                         std::min(region_bytes, static_cast<int64_t>(words.num_bytes));
-  EP_CHECK_CUDA(cudaMemset(memory_, 0, static_cast<size_t>(zeroed)));
-
   std::vector<int32_t> tables(config.expert_rank), num_local(num_ranks, 0);
   for (const int32_t rank : config.expert_rank) tables.push_back(num_local[rank]++);
   EP_CHECK(num_local[config.rank] <= cuda::kMaxLocalExperts, "num_experts=", num_experts, ": rank ",
            config.rank, " owns ", num_local[config.rank], ", the limit is ",
            cuda::kMaxLocalExperts);
   const size_t table_bytes = tables.size() * sizeof(int32_t);
-  EP_CHECK_CUDA(cudaMalloc(reinterpret_cast<void**>(&expert_tables_), table_bytes));
-  EP_CHECK_CUDA(cudaMemcpy(expert_tables_, tables.data(), table_bytes, cudaMemcpyHostToDevice));
+  int32_t* on_device = nullptr;
+  EP_CHECK_CUDA(cudaMalloc(reinterpret_cast<void**>(&on_device), table_bytes));
+  expert_tables_.reset(on_device);
+  EP_CHECK_CUDA(cudaMemcpy(on_device, tables.data(), table_bytes, cudaMemcpyHostToDevice));
+  // Symmetric memory last: a rank that throws behind it could not give it back alone.
+  memory_ = allocate(static_cast<int64_t>(control.num_bytes) + region_bytes);
+  const LlControlLayout words(num_ranks, num_experts);
+  const int64_t zeroed = static_cast<int64_t>(control.num_bytes) +
+                         std::min(region_bytes, static_cast<int64_t>(words.num_bytes));
+  EP_CHECK_CUDA(cudaMemset(memory_, 0, static_cast<size_t>(zeroed)));
   group_.rank = config.rank;
   group_.num_ranks = num_ranks;
   group_.num_experts = num_experts;
   group_.num_local_experts = num_local[config.rank];
-  group_.placement = {expert_tables_, expert_tables_ + num_experts};
+  group_.placement = {on_device, on_device + num_experts};
   group_.timeout_ns = static_cast<uint64_t>(config.timeout_us) * 1000;
   for (int peer = 0; peer < num_ranks; ++peer) {
     const bool is_direct = is_addressed(config, peer, memory_);
@@ -79,13 +81,14 @@ LlMemory::LlMemory(const Config& config) : config_(config) {
 void LlMemory::add_far_rows() {
   cuda::DeviceGuard guard(config_.device);
   far_.half_bytes = far_half_bytes(config_.region_bytes, group_.num_ranks, group_.num_experts);
+  if (far_.half_bytes == 0) return;  // nor has the region room, which calls are told
   far_.rows = allocate(2 * far_.half_bytes);
 }
 
-LlMemory::~LlMemory() {
-  // NOTE: symmetric memory is given back by destroy() only, as that needs all PEs.
-  cudaFree(expert_tables_);
-}
+// NOTE: symmetric memory is given back by destroy() only, as that needs all PEs.
+LlMemory::~LlMemory() = default;
+
+void LlMemory::DeviceFree::operator()(int32_t* memory) const { cudaFree(memory); }
 
 std::string LlMemory::name_of(int rank) const {
   return concat("rank ", rank, " of node ", rank / config_.num_local_ranks);
@@ -111,7 +114,7 @@ void LlMemory::leave() {
   group.group = group_;
   group.far = far_;
   EP_CHECK_CUDA(cudaDeviceSynchronize());
-  launch_ll_leave(group, nullptr);
+  launch_ll_leave(group, /*tells_far=*/failure_.empty(), nullptr);
   EP_CHECK_CUDA(cudaDeviceSynchronize());
 }
 

@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -55,22 +56,27 @@ class LlMemory : public cuda::LlOwner {
   uint8_t* region() const;
   const cuda::LlFar& far() const { return far_; }
 
-  /// Tells the peers that this rank makes no calls any more. Waits for the device.
+  /// Tells the peers that this rank makes no calls any more; of memory that has failed, those only
+  /// that it stores to, since a put to a rank that is gone may not return. Waits for the device.
   void leave();
   /// Collective over all PEs. Waits for the device. Without it the memory stays taken.
   void destroy();
 
  private:
+  struct DeviceFree {
+    void operator()(int32_t* memory) const;
+  };
+
   Config config_;
   cuda::DeviceGroup group_{};
   cuda::LlFar far_{};
   uint8_t* memory_ = nullptr;
-  int32_t* expert_tables_ = nullptr;
+  std::unique_ptr<int32_t, DeviceFree> expert_tables_;
   std::string failure_;
   bool has_left_ = false;
 };
 
-/// One block: writes "departed" to the lines of all other ranks.
-void launch_ll_leave(const cuda::LlGroup& group, cudaStream_t stream);
+/// One block: writes "departed" to the lines of all other ranks, or of those that are stored to.
+void launch_ll_leave(const cuda::LlGroup& group, bool tells_far, cudaStream_t stream);
 
 }  // namespace ep::nvshmem

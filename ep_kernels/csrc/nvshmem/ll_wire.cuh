@@ -10,7 +10,8 @@
 // reached by puts. Regions are symmetric memory.
 //
 // NOTE: NVSHMEM orders what one thread has put. So a thread that announces what others have put
-// comes behind ll_finish_puts() of each of them and a barrier.
+// comes behind ll_finish_puts() of each of them and a barrier. Its fence (3.4.5) leaves out all but
+// the first network card of a GPU that has several; quiet does not.
 
 namespace ep::cuda {
 
@@ -30,7 +31,7 @@ __device__ __forceinline__ void ll_put_word(const LlGroup& g, int rank, uint64_t
 __device__ __forceinline__ void ll_put_flag(const LlGroup& g, int rank, uint64_t* word,
                                             uint64_t value) {
   if (!ll_is_far(g, rank)) return store_flag(word, value);
-  nvshmem_fence();
+  nvshmem_quiet();
   nvshmemx_signal_op(word, value, NVSHMEM_SIGNAL_SET, g.far.pes[rank]);
 }
 
@@ -39,7 +40,7 @@ __device__ __forceinline__ void ll_put_failure(const LlGroup& g, int rank, PeerL
   if (ll_is_far(g, rank)) {
     nvshmem_int32_p(&line.culprit, culprit, g.far.pes[rank]);
     nvshmem_int32_p(&line.culprit_phase, phase, g.far.pes[rank]);
-    nvshmem_fence();
+    nvshmem_quiet();
     nvshmem_uint32_p(&line.failed, 1u, g.far.pes[rank]);
     return;
   }
@@ -55,12 +56,12 @@ __device__ __forceinline__ void ll_put_bytes(const LlGroup& g, int rank, void* t
 
 __device__ __forceinline__ void ll_finish_puts() { nvshmem_quiet(); }
 
-/// NOTE: ends at once, as the word is there already; asked for the order that NVSHMEM gives to
-/// bytes which a network card wrote.
+/// NOTE: the word is there already. NVSHMEM's test of it gives the order of bytes which a network
+/// card wrote; its wait for a signal does not.
 __device__ __forceinline__ void ll_take_arrival(const LlGroup& g, int rank, const uint64_t* word) {
   if (!ll_is_far(g, rank)) return;
   const uint64_t value = load_flag(word);
-  nvshmem_signal_wait_until(const_cast<uint64_t*>(word), NVSHMEM_CMP_GE, value);
+  nvshmem_uint64_test(const_cast<uint64_t*>(word), NVSHMEM_CMP_GE, value);
 }
 
 }  // namespace ep::cuda

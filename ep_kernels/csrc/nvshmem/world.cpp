@@ -14,6 +14,9 @@ namespace {
 
 static_assert(sizeof(nvshmemx_uniqueid_t) == kUniqueIdBytes);
 
+/// What NVSHMEM has begun with, which it also wants to end with: a thread begins with GPU 0.
+int joined_device = 0;
+
 void require_gpu() {
   int num_devices = 0;
   const cudaError_t status = cudaGetDeviceCount(&num_devices);
@@ -37,6 +40,7 @@ void join_world(int device, int pe, int num_pes, const uint8_t (&id)[kUniqueIdBy
   require_gpu();
   EP_CHECK_CUDA(cudaSetDevice(device));
   EP_CHECK_CUDA(cudaFree(nullptr));
+  joined_device = device;
   EP_CHECK(nvshmemx_init_status() == NVSHMEM_STATUS_NOT_INITIALIZED,
            "NVSHMEM is already in use in this process, by other code (status ",
            nvshmemx_init_status(), ")");
@@ -52,7 +56,10 @@ void join_world(int device, int pe, int num_pes, const uint8_t (&id)[kUniqueIdBy
                              nvshmem_n_pes(), " instead of ", pe, " of ", num_pes));
 }
 
-void leave_world() { nvshmem_finalize(); }
+void leave_world() {
+  EP_CHECK_CUDA(cudaSetDevice(joined_device));
+  nvshmem_finalize();
+}
 
 void find_version(int (&version)[3]) {
   nvshmemx_vendor_get_version_info(&version[0], &version[1], &version[2]);
