@@ -6,11 +6,13 @@ On a GPU the other suites run over it:
 """
 
 import os
+import threading
 from unittest import mock
 
 import pytest
+import torch
 
-from ep_kernels import env, nvshmem_group, nvshmem_ll
+from ep_kernels import env, nvshmem_group, nvshmem_ll, nvshmem_world
 from ep_kernels.bootstrap import make_bootstrap
 from ep_kernels.errors import EPConfigError, EPDeviceError, EPTimeoutError
 from ep_kernels.nvshmem_group import KeptRings, NvshmemGroup, take_rings
@@ -113,3 +115,42 @@ def test_who_is_stored_to_has_three_names(monkeypatch, text, is_known):
     else:
         with pytest.raises(EPConfigError, match="DIRECT='near' is not all, node or none"):
             env.nvshmem_direct()
+
+
+def test_nvshmem_is_not_used_any_more_once_a_collective_step_was_late(monkeypatch):
+    is_over = threading.Event()
+    monkeypatch.setattr(nvshmem_world, "_stuck", "")
+    monkeypatch.setattr(nvshmem_world, "_joined", ["this process"])
+    monkeypatch.setattr(nvshmem_world, "why_not", lambda: "")
+    monkeypatch.setattr(nvshmem_world, "call", lambda function: is_over.wait(30))
+    assert nvshmem_world.is_usable()
+    problem = nvshmem_world.attempt(0.05, "make a lane", "any", library=mock.Mock())
+    is_over.set()
+    assert isinstance(problem, EPTimeoutError)
+    assert not nvshmem_world.is_usable()
+    refused = nvshmem_world._problem(torch.device("cuda"), ["this process"])
+    assert isinstance(refused, EPDeviceError)
+    assert "waited 0.05 s for the other ranks to make a lane" in str(refused)
+
+
+def test_open_buffers_end_before_nvshmem_does(monkeypatch):
+    steps = []
+    monkeypatch.setattr(nvshmem_world, "leave", lambda timeout_s: steps.append("NVSHMEM"))
+    monkeypatch.setattr("ep_kernels.buffer.destroy_open_buffers", lambda: steps.append("buffers"))
+    nvshmem_world._leave_at_exit()
+    assert steps == ["buffers", "NVSHMEM"]
+
+
+class WithoutMemory:
+    """A bootstrap whose other rank has no memory."""
+
+    def all_gather(self, own):
+        return [own, (EPDeviceError("out of memory"), {})]
+
+
+def test_memory_of_a_buffer_that_cannot_be_made_is_for_the_next_one(monkeypatch):
+    monkeypatch.setattr(nvshmem_ll, "_unused", {})
+    memory = nvshmem_ll.LlMemory("one", 0, 0, 0)
+    with pytest.raises(EPDeviceError, match="rank 1"), nvshmem_ll._unused_on_error(memory):
+        nvshmem_world.agree(WithoutMemory(), None, {})
+    assert nvshmem_ll._unused == {"one": memory}
