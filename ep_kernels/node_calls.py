@@ -149,8 +149,8 @@ class NodeCalls:
         if self._core.core is None or self._pid != os.getpid():
             return
         self._queue.drain()
-        for function in self._when_destroyed:
-            function()
+        while self._when_destroyed:
+            self._when_destroyed.pop()()
         if self._control is not None:
             self._control.lane.close()
         if self._transport is not None:
