@@ -6,6 +6,7 @@ whose messages each rank hands on to its node as the proxy of their senders.
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,11 @@ class Announced:
     posts: dict[int, torch.Tensor]
 
 
+def _step(functions: ctypes.CDLL, core: CpuBackend, name: str, *arguments: Any) -> None:
+    """Calls ep_lane_<name>(buffer, ...) of the host."""
+    _native.call(getattr(functions, f"ep_lane_{name}"), core.core, *arguments)
+
+
 class NodeControl:
     """One rank's words of calls, its own and its lane's.
 
@@ -54,16 +60,15 @@ class NodeControl:
     ) -> None:
         self.core, self._topology = core, topology
         self.functions = lane_library()
-        self.lane: Lane = make_lane(bootstrap, topology, timeout_s, self._waiting_for)
+        # NOTE: no method of self, which would make a cycle with the lane. A cycle is freed at any
+        # time, also while a CUDA graph is captured, and freeing what GPUs use ends the capture.
+        waiting_for = functools.partial(_step, self.functions, core, "waiting_for")
+        self.lane: Lane = make_lane(bootstrap, topology, timeout_s, waiting_for)
         self.waited_us = self.lane.waited_us
-
-    def _waiting_for(self, rank: int) -> None:
-        """The lane waits for a rank from now on, or for none: -1."""
-        self.step("waiting_for", rank)
 
     def step(self, name: str, *arguments: Any) -> None:
         """Calls ep_lane_<name>(buffer, ...) of the host."""
-        _native.call(getattr(self.functions, f"ep_lane_{name}"), self.core.core, *arguments)
+        _step(self.functions, self.core, name, *arguments)
 
     def wait(self, what: str, seq: int, *results: Any) -> None:
         """Calls ep_lane_wait_<what>(buffer, seq, ...), which counts whom it waits for."""

@@ -98,18 +98,21 @@ class Transport(abc.ABC):
         """Ends what is under way: the lane is closed, or this rank leaves. Idempotent."""
 
 
+def _pageable_memory(num_bytes: int) -> torch.Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8)
+
+
 class LaneTransport(Transport):
     """Receives straight into the memory that the rows are read from."""
 
-    def __init__(self, lane: Lane) -> None:
+    def __init__(
+        self, lane: Lane, new_memory: Callable[[int], torch.Tensor] = _pageable_memory
+    ) -> None:
         self._lane = lane
-        self._slots = Slots(lane.topology.other_nodes, self._new_memory)
+        self._slots = Slots(lane.topology.other_nodes, new_memory)
         self._message = Message(seq=0, kind=CHUNK, phase=CHUNK_PHASE)
         self._recvs: dict[int, list[Transfer]] = {}
         self._sends: dict[int, list[Transfer]] = {}
-
-    def _new_memory(self, num_bytes: int) -> torch.Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8)
 
     def begin(self, seq: int, num_bytes: int) -> None:
         self._message = Message(seq=seq, kind=CHUNK, phase=CHUNK_PHASE, is_chunk=True)
@@ -170,15 +173,12 @@ class HostTransport(LaneTransport):
         new_memory: Callable[[int], torch.Tensor],
     ) -> None:
         self._rows = rows
-        super().__init__(lane)
+        super().__init__(lane, rows.host_memory)
         self._on_device = Slots(lane.topology.other_nodes, new_memory)
         self._outward, self._inward = new_stream(), new_stream()
         self._packed: list[tuple[int, ChunkBytes, Moment]] = []  # steps not yet given to the lane
         self._read: dict[int, Moment] = {}  # by slot: nobody reads the device's memory after it
         self._copied: dict[int, Moment] = {}  # by slot: nor the host's
-
-    def _new_memory(self, num_bytes: int) -> torch.Tensor:
-        return self._rows.host_memory(num_bytes)
 
     def begin(self, seq: int, num_bytes: int) -> None:
         super().begin(seq, num_bytes)

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import threading
 import uuid
+import weakref
 from dataclasses import replace
 from datetime import timedelta
 from unittest import mock
@@ -301,7 +302,7 @@ def make_buffer(group, **options):
         made = buffer.Buffer(group, **options)
     if made.topology.num_nodes > 1 and made._low_latency is not None:
         region = made._low_latency._region
-        view = region.view
+        view, alive = type(region).view, weakref.ref(region)
         # Those who call see tensors as their host does.
-        region.view = lambda *arguments: view(*arguments).as_subclass(torch.Tensor)
+        region.view = lambda *arguments: view(alive(), *arguments).as_subclass(torch.Tensor)
     return made
