@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,11 +39,6 @@ class Announced:
     posts: dict[int, torch.Tensor]
 
 
-def _step(functions: ctypes.CDLL, core: CpuBackend, name: str, *arguments: Any) -> None:
-    """Calls ep_lane_<name>(buffer, ...) of the host."""
-    _native.call(getattr(functions, f"ep_lane_{name}"), core.core, *arguments)
-
-
 class NodeControl:
     """One rank's words of calls, its own and its lane's.
 
@@ -62,13 +58,13 @@ class NodeControl:
         self.functions = lane_library()
         # NOTE: no method of self, which would make a cycle with the lane. A cycle is freed at any
         # time, also while a CUDA graph is captured, and freeing what GPUs use ends the capture.
-        waiting_for = functools.partial(_step, self.functions, core, "waiting_for")
+        waiting_for = functools.partial(_tell_waiting_for, weakref.ref(self))
         self.lane: Lane = make_lane(bootstrap, topology, timeout_s, waiting_for)
         self.waited_us = self.lane.waited_us
 
     def step(self, name: str, *arguments: Any) -> None:
         """Calls ep_lane_<name>(buffer, ...) of the host."""
-        _step(self.functions, self.core, name, *arguments)
+        _native.call(getattr(self.functions, f"ep_lane_{name}"), self.core.core, *arguments)
 
     def wait(self, what: str, seq: int, *results: Any) -> None:
         """Calls ep_lane_wait_<what>(buffer, seq, ...), which counts whom it waits for."""
@@ -132,3 +128,10 @@ class NodeControl:
         for send in sends:
             lane.wait(send)
         return received
+
+
+def _tell_waiting_for(control: weakref.ref[NodeControl], rank: int) -> None:
+    """The lane waits for a rank from now on, or for none: -1."""
+    alive = control()
+    if alive is not None:
+        alive.step("waiting_for", rank)
