@@ -23,7 +23,6 @@ class Difference:
 
     Attributes:
         scale: the largest element that was expected; 0 on the CPU, where nothing is forgiven.
-        largest: the largest element that was expected.
     """
 
     rank: int
@@ -31,7 +30,6 @@ class Difference:
     max_abs: float
     is_bitwise: bool
     scale: float
-    largest: float = 0.0
 
 
 def compare(
@@ -47,9 +45,8 @@ def compare(
         else:
             distance = (one.double() - other.double()).abs().max().item() if one.numel() else 0.0
         is_on_gpu = one is not None and one.is_cuda and one.numel() > 0
-        largest = one.abs().max().item() if one is not None and one.numel() else 0.0
-        scale = largest if is_on_gpu else 0.0
-        differences.append(Difference(rank, name, distance, distance == 0.0, scale, largest))
+        scale = one.abs().max().item() if is_on_gpu else 0.0
+        differences.append(Difference(rank, name, distance, distance == 0.0, scale))
     return differences
 
 
